@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the arguments of :mod:`fastvit.functional`, made before anything is computed.
+
+Every message names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.reference import ConvStage
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _check_tensor(name: str, x: Any, shape: str, ndim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(x).__name__}")
+    if x.ndim != ndim:
+        raise ValueError(f"{name}: expected {shape}, got shape {_shape(x)}")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected} ({why}), got {_shape(x)}")
+
+
+def _check_parameter(
+    name: str, x: Any, expected: tuple[int, ...], why: str, device: torch.device
+) -> None:
+    """A floating tensor of one shape on one device; its dtype is its own."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {expected}, got {type(x).__name__}")
+    _check_floating(name, x)
+    _check_shape(name, x, expected, why)
+    _check_device(name, x, device)
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, "(B, H, N, d)", 4)
+        _check_floating(name, x)
+        if x.shape != q.shape:
+            raise ValueError(f"{name}: expected the shape of q, {_shape(q)}, got {_shape(x)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
+        _check_device(name, x, q.device)
+
+
+def check_grid(grid_size: Any, tokens: int) -> None:
+    ok = isinstance(grid_size, (tuple, list)) and len(grid_size) == 2
+    # Under export with dynamic shapes the sides are symbolic, and no instances of int.
+    if not ok or not all(isinstance(side, (int, torch.SymInt)) for side in grid_size):
+        raise ValueError(f"grid_size: expected a pair of positive ints, got {grid_size!r}")
+    rows, columns = grid_size
+    if rows <= 0 or columns <= 0:
+        raise ValueError(f"grid_size: expected a pair of positive ints, got {grid_size!r}")
+    if rows * columns != tokens:
+        raise ValueError(
+            f"grid_size: expected rows * columns == N = {tokens}, "
+            f"got {rows} * {columns} = {rows * columns}"
+        )
+
+
+def check_gpsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gating_param: Tensor,
+    grid_size: tuple[int, int],
+    dropout_p: float,
+) -> None:
+    check_qkv(q, k, v)
+    heads = q.shape[1]
+    _check_parameter("pos_weight", pos_weight, (heads, 3), "(H, 3)", q.device)
+    _check_parameter("gating_param", gating_param, (heads,), "(H,)", q.device)
+    check_grid(grid_size, q.shape[2])
+    check_dropout(dropout_p)
+
+
+def _check_images(name: str, images: Tensor, weight: Tensor, autocast: bool) -> None:
+    _check_tensor(name, images, "(B, C, H, W)", 4)
+    _check_device(name, images, weight.device)
+    if images.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: expected {weight.shape[1]} channels as the weight has, "
+            f"got shape {_shape(images)}"
+        )
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype or uint8, got {images.dtype}")
+    if images.dtype != weight.dtype and not autocast:
+        raise TypeError(
+            f"{name}: expected the dtype of the weight, {weight.dtype}, got {images.dtype}"
+        )
+
+
+def _check_normalization(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    if mean is None and std is None:
+        return
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"mean, std: expected None for images of {images.dtype}, since they normalise uint8 "
+            f"images; got {mean} and {std}"
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != images.shape[1]:
+            raise ValueError(
+                f"{name}: expected {images.shape[1]} floats, one per channel, got {values}"
+            )
+    if any(value == 0 for value in std or ()):
+        raise ValueError(f"std: expected no 0, got {std}")
+
+
+def _check_token_parameters(
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    tokens: int,
+    width: int,
+    device: torch.device,
+) -> None:
+    if cls_token is not None:
+        _check_parameter("cls_token", cls_token, (1, 1, width), "(1, 1, D)", device)
+    if pos_embed is None:
+        return
+    _check_tensor("pos_embed", pos_embed, "(1, N, D)", 3)
+    lengths = (tokens,) if cls_token is None else (tokens, tokens + 1)
+    if pos_embed.shape[1] not in lengths:
+        expected = " or ".join(map(str, lengths))
+        raise ValueError(
+            f"pos_embed: expected {expected} positions for {tokens} patches, "
+            f"got shape {_shape(pos_embed)}"
+        )
+    expected_shape = (1, pos_embed.shape[1], width)
+    _check_parameter("pos_embed", pos_embed, expected_shape, "(1, N[+1], D)", device)
+
+
+def _check_projection(weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
+    _check_tensor(names[0], weight, "(D, C, height, width)", 4)
+    _check_floating(names[0], weight)
+    if bias is not None:
+        _check_parameter(names[1], bias, (weight.shape[0],), "(D,)", weight.device)
+
+
+def check_patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    autocast: bool,
+) -> None:
+    _check_projection(weight, bias, ("weight", "bias"))
+    _check_images("images", images, weight, autocast)
+    _check_normalization(images, mean, std)
+    (height, width), (ph, pw) = images.shape[-2:], weight.shape[-2:]
+    if height % ph or width % pw:
+        raise ValueError(
+            f"images: expected sides divisible by the patch size {ph} x {pw}, "
+            f"got {height} x {width}"
+        )
+    tokens = (height // ph) * (width // pw)
+    _check_token_parameters(pos_embed, cls_token, tokens, weight.shape[0], images.device)
+
+
+def _check_stage(i: int, stage: ConvStage, channels: int, like: Tensor) -> None:
+    name = f"stages[{i}]"
+    if stage.stride not in (1, 2):
+        raise ValueError(f"{name}.stride: expected 1 or 2, got {stage.stride}")
+    _check_tensor(f"{name}.weight", stage.weight, "(C_out, C_in, 3, 3)", 4)
+    out = stage.weight.shape[0]
+    why = "(C_out, C_in, 3, 3)"
+    _check_parameter(f"{name}.weight", stage.weight, (out, channels, 3, 3), why, like.device)
+    for field in ("bn_weight", "bn_bias", "running_mean", "running_var"):
+        value = getattr(stage, field)
+        if value is None and field.startswith("running"):
+            continue
+        _check_parameter(f"{name}.{field}", value, (out,), "(C_out,)", like.device)
+    if (stage.running_mean is None) != (stage.running_var is None):
+        raise ValueError(f"{name}: expected running_mean and running_var both or neither")
+
+
+def check_conv_stem(
+    x: Tensor,
+    stages: Sequence[ConvStage],
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    training: bool,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    autocast: bool,
+) -> None:
+    _check_projection(proj_weight, proj_bias, ("proj_weight", "proj_bias"))
+    if not stages:
+        raise ValueError("stages: expected at least one stage, got none")
+    if len({stage.running_mean is None for stage in stages}) != 1:
+        raise ValueError("stages: expected running statistics in all stages or in none")
+    _check_images("x", x, stages[0].weight, autocast)
+    _check_normalization(x, mean, std)
+    channels, height, width = x.shape[1], x.shape[2], x.shape[3]
+    for i, stage in enumerate(stages):
+        _check_stage(i, stage, channels, x)
+        if stage.weight.dtype != proj_weight.dtype and not autocast:
+            raise TypeError(
+                f"stages[{i}].weight: expected the dtype of proj_weight, {proj_weight.dtype}, "
+                f"got {stage.weight.dtype}"
+            )
+        channels = stage.weight.shape[0]
+        height, width = (height - 1) // stage.stride + 1, (width - 1) // stage.stride + 1
+    _check_shape(
+        "proj_weight", proj_weight, (proj_weight.shape[0], channels, 1, 1), "(D, C_last, 1, 1)"
+    )
+    if (training or stages[0].running_mean is None) and x.shape[0] * height * width == 1:
+        raise ValueError(
+            "x: expected more than one value per channel to take batch statistics of, "
+            f"got one in the last stage from shape {_shape(x)}"
+        )
+    _check_token_parameters(pos_embed, cls_token, height * width, proj_weight.shape[0], x.device)

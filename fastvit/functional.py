@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The differentiable operations behind the layers.
+
+Every function takes ``backend``: "reference", "torch", "triton", "native", "auto" (the fastest
+that supports the call), or None for the default of the process (see
+:func:`fastvit.set_backend`). A backend that was asked for by name and cannot run the call raises
+``RuntimeError`` with the reason; an unknown name raises ``ValueError``.
+
+Under autocast the matrix products run in the autocast dtype, in which the result comes; gates,
+positional logits, softmax sums and batch statistics stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.checks import (
+    check_conv_stem,
+    check_dropout,
+    check_gpsa,
+    check_patch_embed,
+    check_qkv,
+)
+from fastvit.ops import conv_stem as _conv_stem
+from fastvit.ops import gpsa as _gpsa
+from fastvit.ops import patch_embed as _patch_embed
+from fastvit.ops.backend import Call, choose, requested
+from fastvit.ops.library import autocast_dtype, plain_ops_wanted
+from fastvit.reference import ConvStage
+
+__all__ = ["ConvStage", "attention", "conv_stem", "gpsa_attention", "patch_embed"]
+
+
+def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
+    """The tensors in the autocast dtype; float64 and integers as they are, None stays None."""
+    if dtype is None:
+        return tensors
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def gpsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gating_param: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Gated positional self-attention (ConViT, arXiv 2103.10697, equation 7).
+
+    ``out = (1 - g) softmax(scale q kᵀ) v + g softmax(position) v`` with ``g = sigmoid(gating)``
+    per head and ``position[i, j] = pos_weight · (dx, dy, dx² + dy²)``, where dx and dy are the
+    column and the row of key j minus those of query i.
+
+    Args:
+        q, k, v: (B, H, N, d), one floating dtype, any strides.
+        pos_weight: (H, 3), any floating dtype.
+        gating_param: (H,), before the sigmoid, any floating dtype.
+        grid_size: (rows, columns) of the tokens, which are numbered row by row.
+        scale: of the content scores; ``d ** -0.5`` when None.
+        dropout_p: probability of dropping an entry of the mixed map; active whenever it is
+            above 0. The reference backend serves it, through the N x N maps.
+        backend: see the module.
+
+    Returns:
+        (B, H, N, d) in the dtype of q (under autocast, the autocast dtype), laid out as
+        (B, N, H, d) in memory so that merging the heads copies nothing.
+
+    Raises:
+        ValueError: shapes, devices or grid do not fit, or ``dropout_p`` is outside [0, 1].
+        TypeError: a dtype is not floating, or those of q, k, v differ.
+        RuntimeError: the backend that was asked for cannot run the call.
+    """
+    check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p)
+    asked = requested(backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if choose(Call("gpsa", q.device, q.dtype, dropout_p), asked) == "reference" or (
+        plain_ops_wanted()
+    ):
+        return reference.gpsa_attention(
+            q, k, v, pos_weight, gating_param, grid_size, scale=scale, dropout_p=dropout_p
+        )
+    q, k, v = _cast(autocast_dtype(q), q, k, v)
+    rows, columns = grid_size
+    return _gpsa.gpsa(q, k, v, pos_weight, gating_param, rows, columns, scale, asked)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Scaled dot-product attention without a mask (arXiv 1706.03762, equation 1).
+
+    Args:
+        q, k, v: (B, H, N, d), one floating dtype, any strides.
+        scale: of the scores; ``d ** -0.5`` when None.
+        dropout_p: probability of dropping an entry of the map; active whenever it is above 0.
+        backend: see the module.
+
+    Returns:
+        (B, H, N, d) in the dtype of q (under autocast, the autocast dtype).
+
+    Raises:
+        ValueError: shapes or devices differ, or ``dropout_p`` is outside [0, 1].
+        TypeError: a dtype is not floating, or they differ.
+        RuntimeError: the backend that was asked for cannot run the call.
+    """
+    check_qkv(q, k, v)
+    check_dropout(dropout_p)
+    if choose(Call("mhsa", q.device, q.dtype, dropout_p), requested(backend)) == "reference":
+        return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Images to tokens by a projection of their patches (ViT, arXiv 2010.11929, equation 1).
+
+    Args:
+        images: (B, C, H, W), contiguous or channels_last; of the weight's dtype (under autocast
+            any floating dtype), or uint8, which is normalised as ``(x / 255 - mean) / std``.
+        weight: (D, C, ph, pw), of the convolution with stride (ph, pw) that this is.
+        bias: (D,) or None.
+        pos_embed: (1, N, D), added to the patches, or (1, N + 1, D), to the class token too.
+        cls_token: (1, 1, D), put before the patches.
+        mean, std: C floats each, of images in 0..1; for uint8 images only. Without them uint8
+            images are divided by 255.
+        backend: see the module.
+
+    Returns:
+        (B, N[+1], D) in the dtype of the weight (under autocast, the autocast dtype), with
+        N = (H / ph) (W / pw) in row-major order.
+
+    Raises:
+        ValueError: shapes do not fit, the image does not divide into patches, mean and std are
+            incomplete, of the wrong length, given with float images, or a std is 0.
+        TypeError: a dtype is neither floating nor, for images, uint8; or dtypes differ.
+        RuntimeError: the backend that was asked for cannot run the call.
+    """
+    cast = autocast_dtype(weight)
+    check_patch_embed(images, weight, bias, pos_embed, cls_token, mean, std, cast is not None)
+    asked = requested(backend)
+    options: dict[str, Any] = {
+        "pos_embed": pos_embed,
+        "cls_token": cls_token,
+        "mean": mean,
+        "std": std,
+    }
+    if choose(Call("patch_embed", images.device, weight.dtype), asked) == "reference" or (
+        plain_ops_wanted()
+    ):
+        return reference.patch_embed(images, weight, bias, **options)
+    images, weight, bias = _cast(cast, images, weight, bias)
+    return _patch_embed.patch_embed(
+        images, weight, bias, pos_embed, cls_token, _floats(mean), _floats(std), asked
+    )
+
+
+def _floats(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else [float(v) for v in values]
+
+
+def conv_stem(
+    x: Tensor,
+    stages: Sequence[ConvStage],
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pos_embed: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Images to tokens by a convolutional stem (ViT_C, arXiv 2106.14881, section 3).
+
+    3x3 convolution without bias, batch norm, ReLU, a stage each; then a 1x1 convolution.
+
+    Args:
+        x: images (B, C, H, W), as in :func:`patch_embed`.
+        stages: the 3x3 stages, see :class:`ConvStage`.
+        proj_weight: (D, C_last, 1, 1).
+        proj_bias: (D,) or None.
+        training: normalise with the statistics of the batch, and move the running ones.
+        momentum: share of the batch in the new running statistics.
+        eps: added to the variances.
+        pos_embed, cls_token, mean, std, backend: as in :func:`patch_embed`.
+
+    Returns:
+        (B, N[+1], D) in the dtype of ``proj_weight`` (under autocast, the autocast dtype), with
+        N = H' W' in row-major order.
+
+    Raises:
+        ValueError: shapes do not fit, a stride is neither 1 nor 2, there is one value per
+            channel in training, or mean and std do not fit as in :func:`patch_embed`.
+        TypeError: a dtype is neither floating nor, for images, uint8; or dtypes differ.
+        RuntimeError: the backend that was asked for cannot run the call.
+    """
+    cast = autocast_dtype(proj_weight)
+    stages = [ConvStage(*stage) for stage in stages]
+    check_conv_stem(
+        x, stages, proj_weight, proj_bias, training, pos_embed, cls_token, mean, std,
+        cast is not None,
+    )  # fmt: skip
+    asked = requested(backend)
+    if choose(Call("conv_stem", x.device, proj_weight.dtype), asked) == "reference" or (
+        plain_ops_wanted()
+    ):
+        return reference.conv_stem(
+            x, stages, proj_weight, proj_bias, training=training, momentum=momentum, eps=eps,
+            pos_embed=pos_embed, cls_token=cls_token, mean=mean, std=std,
+        )  # fmt: skip
+    weights, gammas, betas, means, variances, strides = map(list, zip(*stages, strict=True))
+    tracked = means[0] is not None
+    running = (*means, *variances) if tracked else ()
+    training = training or not tracked
+    x, proj_weight, proj_bias, *weights = _cast(cast, x, proj_weight, proj_bias, *weights)
+    config = _conv_stem.Config(
+        tuple(strides), training, float(eps), _floats(mean), _floats(std), asked
+    )
+    tokens, *extra = _conv_stem.conv_stem(
+        config, x, proj_weight, proj_bias, pos_embed, cls_token,
+        *weights, *gammas, *betas, *(() if training else running),
+    )  # fmt: skip
+    if training and tracked:
+        shapes = _conv_stem.stage_shapes(x, weights, strides)
+        counts = [B * height * width for B, _, height, width in shapes]
+        batch = extra[-len(running) :]
+        _conv_stem.update_running_statistics(running, batch, counts, momentum)
+    return tokens

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastvit import reference
+from fastvit.functional import conv_stem
+from fastvit.layers.hooks import has_hooks
+from fastvit.ops.backend import checked, requested
+from fastvit.reference import ConvStage
+
+
+class ConvStem(reference.ConvStem):
+    __doc__ = (reference.ConvStem.__doc__ or "").replace(
+        "\n\n    Shapes:", "\n        backend: see :mod:`fastvit.functional`.\n\n    Shapes:"
+    )
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        channels: Sequence[int] = (48, 96, 192, 384),
+        strides: Sequence[int] = (2, 2, 2, 2),
+        embed_dim: int = 384,
+        *,
+        norm_eps: float = 1e-5,
+        norm_momentum: float | None = 0.1,
+        flatten: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_chans,
+            channels,
+            strides,
+            embed_dim,
+            norm_eps=norm_eps,
+            norm_momentum=norm_momentum,
+            flatten=flatten,
+            mean=mean,
+            std=std,
+            device=device,
+            dtype=dtype,
+        )
+        self.backend = None if backend is None else checked(backend)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, **kwargs: Any) -> ConvStem:
+        """A layer that shares the parameters and buffers of another library's ViT_C stem.
+
+        Args:
+            module: timm's ``ConvStem``, torchvision's ``conv_proj`` or any Sequential of
+                3x3 Conv2d (padding 1, no bias), BatchNorm2d, ReLU, repeated, and a 1x1 Conv2d
+                with bias. It keeps working.
+            kwargs: ``flatten``, ``mean``, ``std`` and ``backend``.
+
+        Raises:
+            TypeError: ``module`` has another shape; the message says where.
+        """
+        stages, projection = _stem_parts(module)
+        convolutions, norms = zip(*stages, strict=True)
+        layer = cls(
+            convolutions[0].in_channels,
+            [conv.out_channels for conv in convolutions],
+            [conv.stride[0] for conv in convolutions],
+            projection.out_channels,
+            norm_eps=norms[0].eps,
+            norm_momentum=norms[0].momentum,
+            device="meta",
+            **kwargs,
+        )
+        for stage, conv, norm in zip(layer.stages, convolutions, norms, strict=True):
+            stage.conv = conv
+            _share_norm(stage.bn, norm)
+        layer.projection.conv = projection
+        return layer.train(module.training)
+
+    def _fusible(self) -> str | None:
+        """Why the stages cannot run as one op, or None."""
+        norms = [stage.bn for stage in self.stages]
+        for norm in norms:
+            if type(norm) is not nn.BatchNorm2d or not norm.affine:
+                return f"a norm is {type(norm).__qualname__}, not an affine BatchNorm2d"
+        first = norms[0]
+        if any(
+            (norm.training, norm.eps, norm.momentum, norm.running_mean is None)
+            != (first.training, first.eps, first.momentum, first.running_mean is None)
+            for norm in norms
+        ):
+            return "the batch norms differ in mode or options"
+        if first.momentum is None:
+            return "momentum=None takes a cumulative average"
+        if has_hooks(*self, *(child for layer in self for child in layer.children())):
+            return "a layer has hooks"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if requested(self.backend) == "reference" or self._fusible() is not None:
+            return super().forward(x)
+        stages, conv = self.stages, self.projection.conv
+        norm = stages[0].bn
+        # _fusible has ruled out the None of a cumulative average.
+        momentum = cast(float, norm.momentum)
+        if norm.training:
+            for stage in stages:
+                if stage.bn.num_batches_tracked is not None:
+                    stage.bn.num_batches_tracked.add_(1)
+        raw = x.dtype == torch.uint8
+        tokens = conv_stem(
+            x,
+            [_stage(stage) for stage in stages],
+            conv.weight,
+            conv.bias,
+            training=norm.training,
+            momentum=momentum,
+            eps=norm.eps,
+            mean=self.mean if raw else None,
+            std=self.std if raw else None,
+            backend=self.backend,
+        )
+        if self.flatten:
+            return tokens
+        height, width = x.shape[-2:]
+        for stage in stages:
+            stride = stage.conv.stride[0]
+            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _stage(layer: reference.ConvBNReLU) -> ConvStage:
+    conv, norm = layer.conv, layer.bn
+    return ConvStage(
+        conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.stride[0]
+    )
+
+
+def _share_norm(target: nn.BatchNorm2d, source: nn.BatchNorm2d) -> None:
+    """Give a plain batch norm the parameters and buffers of another, which may do more (timm's
+    has the ReLU inside).
+    """
+    target.weight, target.bias = source.weight, source.bias
+    target.eps, target.momentum = source.eps, source.momentum
+    target.track_running_stats = source.track_running_stats
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        target.register_buffer(name, getattr(source, name))
+    target.training = source.training
+
+
+def _stem_parts(
+    module: nn.Module,
+) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], nn.Conv2d]:
+    """The stages (convolution, batch norm) of a ViT_C stem and its projection.
+
+    Raises:
+        TypeError: a layer is out of place, or has options that the stem does not have.
+    """
+    layers = [m for m in module.modules() if isinstance(m, _STEM_LAYERS) or _is_foreign(m)]
+    *body, projection = layers or [module]
+    expected = "expected (3x3 Conv2d, BatchNorm2d, ReLU) stages and a 1x1 Conv2d with bias"
+    if not body or len(body) % 3:
+        raise TypeError(f"module: {expected}, got {[type(m).__name__ for m in layers]}")
+    stages: list[Any] = list(zip(*[iter(body)] * 3, strict=True))
+    for i, (conv, norm, activation) in enumerate(stages):
+        kinds_fit = isinstance(norm, nn.BatchNorm2d) and isinstance(activation, nn.ReLU)
+        if not (kinds_fit and _fits(conv, kernel_size=3, padding=1, bias=False)):
+            raise TypeError(f"module: {expected}, got in stage {i}: {conv}, {norm}, {activation}")
+    last = cast(nn.Conv2d, projection)
+    if not (_fits(last, kernel_size=1, padding=0, bias=True) and last.stride[0] == 1):
+        raise TypeError(f"module: {expected}, got at the end: {projection}")
+    return [(conv, norm) for conv, norm, _ in stages], last
+
+
+_STEM_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether a module computes something that the stem does not."""
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and not isinstance(module, (nn.Identity, nn.Sequential))
+
+
+def _fits(conv: nn.Module, kernel_size: int, padding: int, bias: bool) -> bool:
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (kernel_size, kernel_size)
+        and conv.padding == (padding, padding)
+        and conv.stride in ((1, 1), (2, 2))
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and (conv.bias is not None) == bias
+    )

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.functional import gpsa_attention
+from fastvit.layers.hooks import has_hooks
+from fastvit.ops.backend import checked, requested
+
+
+class GPSA(reference.GPSA):
+    __doc__ = (reference.GPSA.__doc__ or "").replace(
+        "        grid_size: (rows, columns) of the tokens; None takes a square.\n",
+        "        grid_size: (rows, columns) of the tokens; None takes a square.\n"
+        "        backend: see :mod:`fastvit.functional`.\n",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        locality_strength: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        qk_scale: float | None = None,
+        use_local_init: bool = False,
+        grid_size: tuple[int, int] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            qkv_bias,
+            attn_drop,
+            proj_drop,
+            locality_strength,
+            device,
+            dtype,
+            qk_scale=qk_scale,
+            use_local_init=use_local_init,
+            grid_size=grid_size,
+        )
+        self.backend = None if backend is None else checked(backend)
+
+    @classmethod
+    def from_module(cls, module: Any, **kwargs: Any) -> GPSA:
+        """A layer that shares the parameters of timm's or the authors' GPSA.
+
+        Args:
+            module: with ``qk``, ``v``, ``proj``, ``pos_proj``, ``gating_param``, ``num_heads``,
+                ``scale``, ``attn_drop`` and ``proj_drop``. It keeps working.
+            kwargs: ``grid_size`` and ``backend``.
+
+        Raises:
+            TypeError: ``module`` lacks some of these; the message names them.
+        """
+        parameters = ("qk", "v", "proj", "pos_proj", "gating_param")
+        options = ("num_heads", "scale", "attn_drop", "proj_drop")
+        missing = [name for name in (*parameters, *options) if not hasattr(module, name)]
+        if missing:
+            raise TypeError(
+                f"module: expected a GPSA, got {type(module).__qualname__} "
+                f"without {', '.join(missing)}"
+            )
+        layer = cls(
+            module.v.in_features,
+            module.num_heads,
+            module.qk.bias is not None,
+            module.attn_drop.p,
+            module.proj_drop.p,
+            getattr(module, "locality_strength", 1.0),
+            device="meta",
+            qk_scale=module.scale,
+            **kwargs,
+        )
+        for name in parameters:
+            setattr(layer, name, getattr(module, name))
+        return layer.train(module.training)
+
+    def _pos_weight(self) -> Tensor:
+        """(H, 3). The bias cancels in the softmax, so its gradient is zero: zero, not None,
+        which DistributedDataParallel would take for an unused parameter.
+        """
+        weight, bias = self.pos_proj.weight, self.pos_proj.bias
+        if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+            return weight
+        return weight + 0.0 * bias[:, None]
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        if has_hooks(self.attn_drop, self.pos_proj) or requested(self.backend) == "reference":
+            return super().forward(x, grid_size)
+        grid = self.resolve_grid_size(x.shape[1], grid_size)
+        q, k = self._heads(self.qk(x)).unbind(0)
+        out = gpsa_attention(
+            q,
+            k,
+            self._heads(self.v(x)),
+            self._pos_weight(),
+            self.gating_param,
+            grid,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvit import reference
+from fastvit.functional import attention
+from fastvit.layers.hooks import has_hooks
+from fastvit.ops.backend import checked, requested
+
+
+class MHSA(reference.MHSA):
+    __doc__ = (reference.MHSA.__doc__ or "").replace(
+        "\n\n    Shapes:", "\n        backend: see :mod:`fastvit.functional`.\n\n    Shapes:"
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        qk_scale: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, qkv_bias, attn_drop, proj_drop, device, dtype, qk_scale=qk_scale
+        )
+        self.backend = None if backend is None else checked(backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if has_hooks(self.attn_drop) or requested(self.backend) == "reference":
+            return super().forward(x)
+        q, k, v = self._qkv(x)
+        out = attention(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an op, and in words why another does not."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+AUTO = "auto"
+BACKENDS = ("reference", "torch", "triton", "native")
+OPS = ("gpsa", "mhsa", "conv_stem", "patch_embed")
+
+#: What ``auto`` tries, the fastest first.
+PREFERENCE = ("native", "triton", "torch", "reference")
+
+
+class Call(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    dropout_p: float = 0.0
+
+
+def nearest(name: str, names: Iterator[str] | tuple[str, ...] | list[str]) -> str:
+    """The end of an error message about an unknown name: the nearest names, else all of them."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+
+
+def checked(name: str) -> str:
+    """``name`` if it is a backend or ``auto``.
+
+    Raises:
+        ValueError: it is neither; the message has the nearest names.
+    """
+    if name != AUTO and name not in BACKENDS:
+        hint = nearest(str(name), (AUTO, *BACKENDS))
+        raise ValueError(f"backend: unknown name {name!r}; {hint}")
+    return name
+
+
+_default = checked(os.environ.get("FASTVIT_BACKEND", AUTO))
+
+
+def set_backend(name: str) -> None:
+    """Set the backend of every call of this process that does not name one.
+
+    Args:
+        name: "auto", "reference", "torch", "triton" or "native". At start it is the environment
+            variable ``FASTVIT_BACKEND``, else "auto": the fastest that supports the call.
+
+    Raises:
+        ValueError: ``name`` is unknown.
+    """
+    global _default
+    _default = checked(name)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """:func:`set_backend` for the duration of a ``with`` block; a backward pass keeps the
+    backend of its forward.
+    """
+    previous = _default
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def requested(name: str | None) -> str:
+    """The backend that a call asks for: its argument, else the default of the process."""
+    return _default if name is None else checked(name)
+
+
+def refusal(call: Call, name: str) -> str | None:
+    """Why backend ``name`` does not run ``call``, or None if it does."""
+    if name == "triton":
+        return f"this version of fastvit has no Triton kernel for {call.op}"
+    if name == "native":
+        return f"this version of fastvit has no native kernel for {call.op}"
+    if name == "torch" and call.op == "gpsa" and call.dropout_p > 0.0:
+        return (
+            f"attention dropout ({call.dropout_p}) acts on the mixed attention map, "
+            "which only the reference backend forms"
+        )
+    return None
+
+
+def choose(call: Call, name: str) -> str:
+    """The backend that runs ``call`` when ``name`` is asked for.
+
+    Raises:
+        RuntimeError: ``name`` was asked for and does not run it; the message has the reason.
+    """
+    if name == AUTO:
+        return next(b for b in PREFERENCE if refusal(call, b) is None)
+    reason = refusal(call, name)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend: {name!r} was asked for, but {reason}; backend='auto' takes one that can"
+        )
+    return name
+
+
+class Availability(NamedTuple):
+    """Whether a backend runs an op on this machine, and if not, why."""
+
+    op: str
+    backend: str
+    ok: bool
+    reason: str
+
+
+def availability() -> list[Availability]:
+    """One row per op and backend, for a plain float32 call on this machine's best device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for op in OPS:
+        for name in BACKENDS:
+            reason = refusal(Call(op, device, torch.float32), name)
+            rows.append(Availability(op, name, reason is None, reason or ""))
+    return rows

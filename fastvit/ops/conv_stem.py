@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutional stem as ops: a forward that may keep what the backward needs, the backward,
+and the update of the running statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit.ops import conv_stem_torch
+from fastvit.ops.backend import Call, choose
+from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, Tensors, channels_last
+from fastvit.ops.library import (
+    SingleBackward,
+    differentiable,
+    loop_over_batch,
+    masked,
+    register,
+)
+from fastvit.ops.tokens import wide
+
+_FORWARD: dict[str, Callable[..., Forward]] = {"torch": conv_stem_torch.forward}
+_BACKWARD: dict[str, Callable[..., list[Tensor]]] = {"torch": conv_stem_torch.backward}
+
+_STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
+_STAGES = (
+    "Tensor[] weights, Tensor[] bn_weights, Tensor[] bn_biases, Tensor[] means, "
+    "Tensor[] variances, SymInt[] strides"
+)
+_OPTIONS = "bool training, float eps, float[]? mean, float[]? std"
+
+
+def stage_shapes(
+    x: Tensor, weights: Tensors, strides: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Shapes (B, C, H, W) of what the convolutions give."""
+    B, _C, height, width = x.shape
+    shapes = []
+    for weight, stride in zip(weights, strides, strict=True):
+        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        shapes.append((B, weight.shape[0], height, width))
+    return shapes
+
+
+def _fake_forward(
+    x: Tensor, proj_weight: Tensor, _bias: Any, _pos: Any, cls_token: Tensor | None, *args: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    stages, (training, _eps, _mean, _std, save, _backend) = Stages(*args[:6]), args[6:]
+    shapes = stage_shapes(x, stages.weights, stages.strides)
+    N = shapes[-1][2] * shapes[-1][3] + (cls_token is not None)
+    tokens = proj_weight.new_empty(x.shape[0], N, proj_weight.shape[0])
+    raw = [channels_last(proj_weight.new_empty(shape)) for shape in shapes] if save else []
+    channels = [shape[1] for shape in shapes] if training else []
+    means = [proj_weight.new_empty(c, dtype=wide(proj_weight.dtype)) for c in channels]
+    return tokens, raw, means, [torch.empty_like(mean) for mean in means]
+
+
+@register(
+    f"_conv_stem_forward({_STEM}, {_STAGES}, {_OPTIONS}, bool save, str backend) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
+    _fake_forward,
+)
+def _conv_stem_forward(x: Tensor, proj_weight: Tensor, *args: Any) -> Forward:
+    *arguments, backend = args
+    stages = Stages(*arguments[3:9])
+    implementation = _FORWARD[choose(Call("conv_stem", x.device, proj_weight.dtype), backend)]
+    return implementation(x, proj_weight, *arguments[:3], stages, *arguments[9:])
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    inputs, (weights, gammas, betas) = args[:5], args[6:9]
+    wanted = args[-2]
+    flat = (*inputs, *weights, *gammas, *betas)
+    return [t.new_empty(t.shape) for t, w in zip(flat, wanted, strict=True) if w]
+
+
+@register(
+    f"_conv_stem_backward(Tensor grad, {_STEM}, Tensor[] raw, {_STAGES}, {_OPTIONS}, "
+    "bool[] wanted, str backend) -> Tensor[]",
+    _fake_backward,
+)
+def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any) -> Any:
+    *arguments, backend = args
+    stages = Stages(*arguments[4:10])
+    implementation = _BACKWARD[choose(Call("conv_stem", x.device, proj_weight.dtype), backend)]
+    return implementation(grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
+
+
+class Config(NamedTuple):
+    """What is no tensor. Autograd sees tensors only as arguments of their own, so the lists of
+    :class:`Stages` travel flat behind this, in its order.
+    """
+
+    strides: tuple[int, ...]
+    training: bool
+    eps: float
+    mean: Floats
+    std: Floats
+    backend: str
+
+    def split(self, tensors: Tensors) -> list[list[Tensor]]:
+        """Lists of one tensor a stage."""
+        n = len(self.strides)
+        return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self.training, self.eps, self.mean, self.std
+
+
+def _forward_op(config: Config, *args: Any, save: bool = False) -> tuple[Tensor, ...]:
+    """(x, proj_weight, proj_bias, pos_embed, cls_token, *stage tensors) to the tokens, then the
+    raw tensors if they are to be saved, then the batch statistics in training. The stage tensors
+    are weights, bn_weights, bn_biases and, in eval only, running means and variances.
+    """
+    lists = config.split(args[5:])
+    if config.training:
+        lists = [*lists, [], []]
+    tokens, raw, means, variances = _conv_stem_forward(
+        *args[:5], *lists, config.strides, *config.options, save, config.backend
+    )
+    return tokens, *raw, *means, *variances
+
+
+def _backward_op(
+    config: Config, wanted: Sequence[bool], grad: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    """The same inputs without running statistics, then raw tensors and statistics, to the
+    gradients that are wanted.
+    """
+    weights, gammas, betas, raw, means, variances = config.split(args[5:])
+    stages = weights, gammas, betas, means, variances, config.strides
+    return tuple(
+        _conv_stem_backward(grad, *args[:5], raw, *stages, *config.options, wanted, config.backend)
+    )
+
+
+class _ConvStemBackward(SingleBackward):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _backward_op(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return loop_over_batch(_ConvStemBackward.apply, info.batch_size, in_dims, args)
+
+
+_backward = differentiable(_ConvStemBackward)(_backward_op)
+
+
+class _ConvStem(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _forward_op(*args, save=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.config, *args = inputs
+        n = len(ctx.config.strides)
+        learned, running = args[: 5 + 3 * n], args[5 + 3 * n :]
+        raw, batch = output[1 : 1 + n], output[1 + n :]
+        ctx.mark_non_differentiable(*raw, *batch)
+        ctx.save_for_backward(*learned, *raw, *(batch if ctx.config.training else running))
+        ctx.constants = len(running)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        wanted = list(ctx.needs_input_grad[1 : 6 + 3 * len(ctx.config.strides)])
+        grads = _backward(ctx.config, wanted, grad, *ctx.saved_tensors)
+        return None, *masked(wanted, grads), *[None] * ctx.constants
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return loop_over_batch(_ConvStem.apply, info.batch_size, in_dims, args)
+
+
+#: (config, x, proj_weight, proj_bias, pos_embed, cls_token, *stage tensors) -> the tokens, then
+#: what else the op returns; in training the last 2 n are the batch means and biased variances.
+conv_stem = differentiable(_ConvStem)(_forward_op)
+
+
+@register(
+    "_update_running_statistics(Tensor(a!)[] running, Tensor[] batch, SymInt[] counts, "
+    "float momentum) -> ()",
+    lambda *_: None,
+)
+def update_running_statistics(
+    running: Tensors, batch: Tensors, counts: Sequence[int], momentum: float
+) -> None:
+    """Move running means and variances (n tensors each) towards those of the batch, in place.
+
+    The running variance takes the unbiased one, so ``counts`` are the values per channel. An op
+    of its own since ``torch.func.grad`` forbids in-place operators on what it did not pass in.
+    """
+    n = len(counts)
+    for mean, new in zip(running[:n], batch[:n], strict=True):
+        mean.lerp_(new.to(mean.dtype), momentum)
+    for variance, new, count in zip(running[n:], batch[n:], counts, strict=True):
+        unbiased = new * (count / (count - 1))
+        variance.lerp_(unbiased.to(variance.dtype), momentum)

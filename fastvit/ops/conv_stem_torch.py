@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutional stem in PyTorch's operators: channels_last, the last 1x1 a matrix product.
+
+With gradients, one tensor a stage is kept: the raw output of its convolution. What the next
+convolution read, relu(batch_norm(raw)), is computed again in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.ops.library import picked
+from fastvit.ops.tokens import finish_tokens, token_gradients, wide
+from fastvit.reference import normalize_images
+
+Floats = Sequence[float] | None
+Tensors = Sequence[Tensor]
+
+
+class Stages(NamedTuple):
+    """The 3x3 stages, one entry of every list a stage.
+
+    ``means`` and ``variances`` are what the batch norms normalise with: running statistics in
+    eval, empty in a training forward, which returns them.
+    """
+
+    weights: Tensors
+    bn_weights: Tensors
+    bn_biases: Tensors
+    means: Tensors
+    variances: Tensors
+    strides: Sequence[int]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
+    """The stages in eval without gradients, each batch norm folded into its convolution.
+
+    Folded in float32 and rounded once.
+    """
+    for weight, gamma, beta, mean, variance, stride in zip(*stages, strict=True):
+        dtype = wide(weight.dtype)
+        scale = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + eps)
+        folded = weight.to(dtype) * scale[:, None, None, None]
+        bias = beta.to(dtype) - mean.to(dtype) * scale
+        folded = channels_last(folded.to(weight.dtype))
+        x = F.conv2d(x, folded, bias.to(weight.dtype), stride=stride, padding=1).relu_()
+    return x
+
+
+def _normalize(
+    raw: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """relu(batch_norm(raw)) with given statistics; parameters and statistics in float32."""
+    dtype = wide(raw.dtype)
+    mean, variance, gamma, beta = (t.to(dtype) for t in (mean, variance, gamma, beta))
+    return F.batch_norm(raw, mean, variance, gamma, beta, training=False, eps=eps).relu_()
+
+
+def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of channels_last (B, C, H, W), in float32."""
+    rows = _token_rows(raw).flatten(0, 1)
+    variance, mean = torch.var_mean(rows.to(wide(raw.dtype)), dim=0, correction=0)
+    return mean, variance
+
+
+class Forward(NamedTuple):
+    """The tokens, and what the backward and the running statistics need."""
+
+    tokens: Tensor
+    raw: list[Tensor]
+    means: list[Tensor]
+    variances: list[Tensor]
+
+
+def forward(
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    stages: Stages,
+    training: bool,
+    eps: float,
+    mean: Floats,
+    std: Floats,
+    save: bool,
+) -> Forward:
+    x = channels_last(normalize_images(x, mean, std, proj_weight.dtype))
+    raw: list[Tensor] = []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    if not (training or save):
+        x = _infer(x, stages, eps)
+    else:
+        for i, (weight, gamma, beta, stride) in enumerate(
+            zip(stages.weights, stages.bn_weights, stages.bn_biases, stages.strides, strict=True)
+        ):
+            y = F.conv2d(x, channels_last(weight), stride=stride, padding=1)
+            if training:
+                statistics = _batch_statistics(y)
+                means.append(statistics[0])
+                variances.append(statistics[1])
+            else:
+                statistics = stages.means[i], stages.variances[i]
+            x = _normalize(y, gamma, beta, *statistics, eps)
+            if save:
+                raw.append(y)
+    tokens = F.linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
+    return Forward(finish_tokens(tokens, pos_embed, cls_token), raw, means, variances)
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """Channels_last (B, C, H', W') as (B, N, C), a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    raw: Tensors,
+    stages: Stages,
+    training: bool,
+    eps: float,
+    mean: Floats,
+    std: Floats,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    image = channels_last(normalize_images(x, mean, std, proj_weight.dtype))
+    dtokens, dpos, dcls = token_gradients(grad, pos_embed, cls_token)
+    dtokens = dtokens.reshape(-1, dtokens.shape[-1])
+
+    def activation(i: int) -> Tensor:
+        """What follows stage i; the image follows stage -1."""
+        if i < 0:
+            return image
+        gamma, beta = stages.bn_weights[i], stages.bn_biases[i]
+        return _normalize(raw[i], gamma, beta, stages.means[i], stages.variances[i], eps)
+
+    depth = len(raw)
+    y = activation(depth - 1)
+    dproj = (dtokens.mT @ _token_rows(y).flatten(0, 1)).view(proj_weight.shape)
+    dproj_bias = None
+    if proj_bias is not None:
+        dproj_bias = dtokens.sum(0, dtype=wide(dtokens.dtype)).to(proj_bias.dtype)
+    dy = (dtokens @ proj_weight.flatten(1)).view(_token_rows(y).shape)
+    dy = dy.unflatten(1, (y.shape[2], y.shape[3])).permute(0, 3, 1, 2)
+
+    dweights: list[Tensor] = []
+    dgammas: list[Tensor] = []
+    dbetas: list[Tensor] = []
+    for i in reversed(range(depth)):
+        draw, dgamma, dbeta = _batch_norm_backward(
+            dy.mul_(y > 0), raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
+            training, eps,
+        )  # fmt: skip
+        y = activation(i - 1)
+        weight, stride = channels_last(stages.weights[i]), [stages.strides[i]] * 2
+        dy, dweight, _ = torch.ops.aten.convolution_backward(
+            draw, y, weight, None, stride, [1, 1], [1, 1], False, [0, 0], 1,
+            [i > 0 or wanted[0], True, False],
+        )  # fmt: skip
+        dweights.insert(0, dweight.contiguous())
+        dgammas.insert(0, dgamma.to(stages.bn_weights[i].dtype))
+        dbetas.insert(0, dbeta.to(stages.bn_biases[i].dtype))
+    dimage = dy.contiguous() if wanted[0] else None
+    results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
+    return picked(wanted, results)
+
+
+def _batch_norm_backward(
+    dz: Tensor,
+    raw: Tensor,
+    gamma: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the raw tensor, of gamma and of beta."""
+    dtype = wide(raw.dtype)
+    mean, gamma = mean.to(dtype), gamma.to(dtype)
+    rstd = torch.rsqrt(variance.to(dtype) + eps)
+    if raw.dtype != dtype:
+        # PyTorch's kernel sums half precision in float32.
+        return torch.ops.aten.native_batch_norm_backward(
+            dz, raw, gamma, mean, variance.to(dtype), mean, rstd, training, eps, [True, True, True]
+        )
+    # In channels_last that kernel adds up row by row, which in float32 costs a digit (2e-6 where
+    # this makes 2e-7, for 48 channels of 2 x 112 x 112 values).
+    centred = raw - mean[:, None, None]
+    dbeta = dz.sum((0, 2, 3))
+    dgamma = (centred * dz).sum((0, 2, 3)) * rstd
+    if not training:
+        return dz.mul_((gamma * rstd)[:, None, None]), dgamma, dbeta
+    scale = gamma * rstd
+    slope, shift = -scale * rstd * dgamma, -scale * dbeta
+    count = raw.numel() // raw.shape[1]
+    draw = torch.addcmul(
+        (shift / count)[:, None, None], centred, (slope / count)[:, None, None], out=centred
+    )
+    return draw.addcmul_(dz, scale[:, None, None]), dgamma, dbeta

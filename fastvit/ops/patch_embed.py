@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch embedding as one matrix product: the patches of an image are rows of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.ops.backend import Call, choose
+from fastvit.ops.library import (
+    SingleBackward,
+    differentiable,
+    loop_over_batch,
+    masked,
+    picked,
+    register,
+)
+from fastvit.ops.tokens import finish_tokens, token_gradients, wide
+from fastvit.ops.uint8_fold import fold_constants, fold_uint8
+
+Floats = Sequence[float] | None
+
+
+def _patches(images: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """Images (B, C, H, W) as their patches (B, gh, gw, C, ph, pw), a view."""
+    (ph, pw), (height, width) = patch_size, images.shape[-2:]
+    grid = images.unflatten(3, (width // pw, pw)).unflatten(2, (height // ph, ph))
+    return grid.permute(0, 2, 4, 1, 3, 5)
+
+
+def _rows(patches: Tensor) -> Tensor:
+    """Patches (B, gh, gw, C, ph, pw) as the rows (B, N, C ph pw) of a matrix, copied once."""
+    return patches.flatten(3).flatten(1, 2)
+
+
+def _torch_forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    mean: Floats,
+    std: Floats,
+) -> Tensor:
+    patches = _patches(images, weight.shape[-2:])
+    dtype = weight.dtype
+    if images.dtype == torch.uint8:
+        weight, bias, offset = fold_uint8(weight, bias, mean, std)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        patches = patches - offset.to(dtype)
+    x = F.linear(_rows(patches), weight.flatten(1), bias)
+    return finish_tokens(x, pos_embed, cls_token)
+
+
+def _torch_backward(
+    grad: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    mean: Floats,
+    std: Floats,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    dx, dpos, dcls = token_gradients(grad, pos_embed, cls_token)
+    dx = dx.reshape(-1, dx.shape[-1])
+    patch_size = weight.shape[-2:]
+    dimages = dweight = dbias = None
+    if wanted[0]:
+        dpatches = (dx @ weight.flatten(1)).view(_patches(images, patch_size).shape)
+        dimages = torch.empty_like(images, memory_format=torch.contiguous_format)
+        _patches(dimages, patch_size).copy_(dpatches)
+    if wanted[2] or images.dtype == torch.uint8:
+        dbias = dx.sum(0, dtype=wide(dx.dtype))
+    if wanted[1]:
+        dweight = _weight_gradient(dx, images, weight, dbias, mean, std)
+    if dbias is not None:
+        dbias = dbias.to(weight.dtype)
+    results = (dimages, dweight, dbias, dpos, dcls)
+    return picked(wanted, results)
+
+
+def _weight_gradient(
+    dx: Tensor, images: Tensor, weight: Tensor, dbias: Tensor | None, mean: Floats, std: Floats
+) -> Tensor:
+    """DW (D, C, ph, pw) from the gradient of the tokens (B N, D)."""
+    patches = _patches(images, weight.shape[-2:])
+    if images.dtype != torch.uint8:
+        return (dx.mT @ _rows(patches).flatten(0, 1)).view(weight.shape)
+    # The folded bias depends on the weight too: its share is dbias times the shift.
+    offset, shift, scale = fold_constants(mean, std, weight)
+    centred = _rows(patches - offset.to(weight.dtype)).flatten(0, 1)
+    dweight = (dx.mT @ centred).view(weight.shape).to(scale.dtype)
+    assert dbias is not None
+    return ((dweight + dbias.view(-1, 1, 1, 1) * shift) / scale).to(weight.dtype)
+
+
+_FORWARD = {"torch": _torch_forward}
+_BACKWARD = {"torch": _torch_backward}
+
+
+def _fake_forward(
+    images: Tensor, weight: Tensor, bias: Any, pos_embed: Any, cls_token: Tensor | None, *_: Any
+) -> Tensor:
+    B, _C, height, width = images.shape
+    D, _C, ph, pw = weight.shape
+    return weight.new_empty(B, (height // ph) * (width // pw) + (cls_token is not None), D)
+
+
+_ARGUMENTS = (
+    "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, "
+    "float[]? mean, float[]? std"
+)
+
+
+@register(f"_patch_embed_forward({_ARGUMENTS}, str backend) -> Tensor", _fake_forward)
+def _patch_embed_forward(images: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    *arguments, backend = rest
+    call = Call("patch_embed", images.device, weight.dtype)
+    return _FORWARD[choose(call, backend)](images, weight, *arguments)
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
+    *inputs, _mean, _std, wanted, _backend = args
+    return [x.new_empty(x.shape) for x, w in zip(inputs, wanted, strict=True) if w]
+
+
+@register(
+    f"_patch_embed_backward(Tensor grad, {_ARGUMENTS}, bool[] wanted, str backend) -> Tensor[]",
+    _fake_backward,
+)
+def _patch_embed_backward(grad: Tensor, images: Tensor, weight: Tensor, *rest: Any) -> Any:
+    *arguments, backend = rest
+    call = Call("patch_embed", images.device, weight.dtype)
+    return _BACKWARD[choose(call, backend)](grad, images, weight, *arguments)
+
+
+class _PatchEmbedBackward(SingleBackward):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_patch_embed_backward(*args))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return loop_over_batch(_PatchEmbedBackward.apply, info.batch_size, in_dims, args)
+
+
+_backward = differentiable(_PatchEmbedBackward)(_patch_embed_backward)
+
+
+class _PatchEmbed(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _patch_embed_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.mean, ctx.std, ctx.backend = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        wanted = list(ctx.needs_input_grad[:5])
+        grads = _backward(grad, *ctx.saved_tensors, ctx.mean, ctx.std, wanted, ctx.backend)
+        return *masked(wanted, grads), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        # Images alone: one larger batch. Anything else has a weight per sample.
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            images = args[0].movedim(in_dims[0], 0)
+            out = _PatchEmbed.apply(images.flatten(0, 1), *args[1:])
+            return out.unflatten(0, images.shape[:2]), 0
+        return loop_over_batch(_PatchEmbed.apply, info.batch_size, in_dims, args)
+
+
+#: (images, weight, bias, pos_embed, cls_token, mean, std, backend) -> (B, N[+1], D)
+patch_embed = differentiable(_PatchEmbed)(_patch_embed_forward)

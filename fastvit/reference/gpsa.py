@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated positional self-attention (GPSA) of ConViT, d'Ascoli et al. 2021, arXiv 2103.10697."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def relative_positions(
+    grid_size: tuple[int, int],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Relative positions of all pairs of tokens on a grid (section 3 of the paper).
+
+    Args:
+        grid_size: (rows, columns), in tokens, which are numbered row by row.
+
+    Returns:
+        (1, N, N, 3) with ``[0, i, j] = (dx, dy, dx**2 + dy**2)``, where dx and dy are the column
+        and the row of key j minus those of query i.
+    """
+    rows, columns = grid_size
+    y, x = torch.meshgrid(
+        torch.arange(rows, device=device, dtype=torch.float32),
+        torch.arange(columns, device=device, dtype=torch.float32),
+        indexing="ij",
+    )
+    x, y = x.flatten(), y.flatten()
+    dx = x[None, :] - x[:, None]
+    dy = y[None, :] - y[:, None]
+    return torch.stack((dx, dy, dx**2 + dy**2), dim=-1)[None].to(dtype)
+
+
+def gpsa_attention_map(
+    q: Tensor,
+    k: Tensor,
+    pos_weight: Tensor,
+    gating_param: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    pos_bias: Tensor | None = None,
+) -> Tensor:
+    """The gated mixture of content and position attention, equation 7 of the paper.
+
+    Args:
+        q, k: (B, H, N, d).
+        pos_weight: (H, 3), on (dx, dy, dx**2 + dy**2).
+        gating_param: (H,), before the sigmoid.
+        grid_size: (rows, columns) with rows * columns == N.
+        scale: of the content scores; ``d ** -0.5`` when None.
+        pos_bias: (H,), which the softmax cancels.
+
+    Returns:
+        (B, H, N, N), rows summing to one.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    positions = relative_positions(grid_size, q.device, pos_weight.dtype)
+    # The projection is evaluated for every image of the batch, as the authors and timm do.
+    position = F.linear(positions.expand(q.shape[0], -1, -1, -1), pos_weight, pos_bias)
+    position = position.permute(0, 3, 1, 2).softmax(dim=-1)
+    content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
+    gate = torch.sigmoid(gating_param).view(1, -1, 1, 1)
+    mixed = (1.0 - gate) * content + gate * position
+    # Both maps have rows that sum to one, so this changes rounding only; the authors do it.
+    return mixed / mixed.sum(dim=-1, keepdim=True)
+
+
+def gpsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gating_param: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    pos_bias: Tensor | None = None,
+) -> Tensor:
+    """GPSA of given queries, keys and values, through the N x N maps.
+
+    Takes what :func:`fastvit.functional.gpsa_attention` takes, and ``pos_bias`` (H,).
+    Returns (B, H, N, d).
+    """
+    attn = gpsa_attention_map(
+        q, k, pos_weight, gating_param, grid_size, scale=scale, pos_bias=pos_bias
+    )
+    return F.dropout(attn, dropout_p, training=dropout_p > 0.0) @ v
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention, with timm's arguments, parameters and keys.
+
+    Args:
+        dim: width C of the tokens.
+        num_heads: H; divides ``dim``.
+        qkv_bias: whether ``qk`` and ``v`` have a bias.
+        attn_drop: dropout on the mixed attention map, in training.
+        proj_drop: dropout on the output, in training.
+        locality_strength: alpha of the paper's section 3, used by :meth:`local_init`.
+        qk_scale: scale of the content scores instead of ``(dim / num_heads) ** -0.5``.
+        use_local_init: call :meth:`local_init`.
+        grid_size: (rows, columns) of the tokens; None takes a square.
+
+    Shapes: input and output (B, N, dim). Parameters: ``qk`` (2 dim, dim), ``v`` and ``proj``
+    (dim, dim), ``pos_proj`` (H, 3), ``gating_param`` (H,).
+
+    Raises:
+        ValueError: ``dim`` is not divisible by ``num_heads``, or a dropout is outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        locality_strength: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        qk_scale: float | None = None,
+        use_local_init: bool = False,
+        grid_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.locality_strength = locality_strength
+        self.grid_size = grid_size
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **factory)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.pos_proj = nn.Linear(3, num_heads, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.gating_param = nn.Parameter(torch.ones(num_heads, **factory))
+        if use_local_init:
+            self.local_init()
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}"
+
+    @torch.no_grad()
+    def local_init(self) -> None:
+        """Initialise the heads as a convolution (section 3 of the paper).
+
+        ``v`` becomes the identity and head ``h1 + k * h2`` attends around the offset
+        ``(h2 - c, h1 - c)`` with k = int(sqrt(H)); heads beyond k * k keep their weights, scaled
+        by ``locality_strength`` as all are.
+        """
+        self.v.weight.copy_(torch.eye(self.dim))
+        kernel_size = math.isqrt(self.num_heads)
+        center = (kernel_size - 1) / 2 if kernel_size % 2 == 0 else kernel_size // 2
+        for row in range(kernel_size):
+            for column in range(kernel_size):
+                offset = (2 * (column - center), 2 * (row - center), -1.0)
+                self.pos_proj.weight[row + kernel_size * column] = torch.tensor(offset)
+        self.pos_proj.weight.mul_(self.locality_strength)
+
+    def resolve_grid_size(
+        self, num_patches: int, grid_size: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """The grid to use for ``num_patches`` tokens: the argument, the module's, or a square.
+
+        Raises:
+            ValueError: the grid does not hold ``num_patches`` tokens, or none is given and
+                ``num_patches`` is no square.
+        """
+        given = self.grid_size if grid_size is None else grid_size
+        if given is not None:
+            rows, columns = given
+            if rows * columns != num_patches:
+                raise ValueError(
+                    f"grid_size: expected rows * columns == N = {num_patches}, "
+                    f"got {rows} * {columns} = {rows * columns}"
+                )
+            return rows, columns
+        side = math.isqrt(num_patches)
+        if side * side != num_patches:
+            raise ValueError(
+                f"grid_size: N = {num_patches} is no square, so the grid must be given as "
+                "(rows, columns); got None"
+            )
+        return side, side
+
+    def get_rel_indices(self, num_patches: int, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Relative positions (1, N, N, 3), made on demand in the dtype of the parameters."""
+        grid = self.resolve_grid_size(num_patches, grid_size)
+        return relative_positions(grid, self.qk.weight.device, self.qk.weight.dtype)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, n * dim) to (n, B, H, N, d), or to (B, H, N, d) for n = 1, without a copy."""
+        B, N, width = x.shape
+        if width == self.dim:
+            return x.reshape(B, N, self.num_heads, -1).transpose(1, 2)
+        return x.reshape(B, N, width // self.dim, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """The exact mixed attention map (B, H, N, N) of ``x`` (B, N, dim)."""
+        q, k = self._heads(self.qk(x)).unbind(0)
+        attn = gpsa_attention_map(
+            q,
+            k,
+            self.pos_proj.weight,
+            self.gating_param,
+            self.resolve_grid_size(x.shape[1], grid_size),
+            scale=self.scale,
+            pos_bias=self.pos_proj.bias,
+        )
+        return self.attn_drop(attn)
+
+    def get_attention_map(
+        self, x: Tensor, return_map: bool = False, grid_size: tuple[int, int] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Mean attention distance of each head (H,), in patches, over the batch.
+
+        The paper calls it non-locality (section 4). With ``return_map`` the mean map (H, N, N)
+        comes too.
+        """
+        attn = self.get_attention(x, grid_size).mean(0)
+        distance = self.get_rel_indices(x.shape[1], grid_size)[0, :, :, 2].sqrt()
+        mean_distance = torch.einsum("nm,hnm->h", distance.to(attn.dtype), attn) / x.shape[1]
+        return (mean_distance, attn) if return_map else mean_distance
+
+    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        attn = self.get_attention(x, grid_size)
+        out = attn @ self._heads(self.v(x))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
