@@ -205,9 +205,10 @@ class GPSA(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, n * dim) to (n, B, H, N, d), or to (B, H, N, d) for n = 1, without a copy."""
         B, N, width = x.shape
+        heads = (self.num_heads, self.dim // self.num_heads)
         if width == self.dim:
-            return x.reshape(B, N, self.num_heads, -1).transpose(1, 2)
-        return x.reshape(B, N, width // self.dim, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            return x.reshape(B, N, *heads).transpose(1, 2)
+        return x.reshape(B, N, width // self.dim, *heads).permute(2, 0, 3, 1, 4)
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The exact mixed attention map (B, H, N, N) of ``x`` (B, N, dim)."""

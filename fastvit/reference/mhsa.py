@@ -75,7 +75,8 @@ class MHSA(nn.Module):
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v (B, H, N, d) of ``x`` (B, N, dim), as views of one projection."""
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)
+        heads = (self.num_heads, self.dim // self.num_heads)
+        qkv = self.qkv(x).reshape(B, N, 3, *heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def get_attention(self, x: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch backend of GPSA forms no map over all pairs of tokens, forward or backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastvit
+
+SIDE = 24
+TOKENS = SIDE * SIDE
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every tensor that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+def largest_tensor(backend: str, training: bool) -> int:
+    # Everything of B N C elements is far smaller than one map of N² elements.
+    layer = fastvit.GPSA(8, 2, backend=backend)
+    x = torch.randn(1, TOKENS, 8)
+    with LargestTensor() as watch, torch.set_grad_enabled(training):
+        out = layer(x)
+        if training:
+            out.square().sum().backward()
+    return watch.elements
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "forward_backward"])
+def test_no_map_of_all_pairs(training: bool) -> None:
+    assert largest_tensor("torch", training) < TOKENS**2
+    # The watch sees the maps where they are made.
+    assert largest_tensor("reference", training) >= 2 * TOKENS**2
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
+    q, k, v = (torch.randn(1, 2, TOKENS, 4, requires_grad=True) for _ in range(3))
+    parameters = [torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)]
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fastvit.functional.gpsa_attention(q, k, v, *parameters, (SIDE, SIDE), backend="torch")
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (q, k, v, *parameters)}
+
+
+def test_the_stem_keeps_one_raw_tensor_a_stage() -> None:
+    """PyTorch's modules keep the convolution's output and the ReLU's: twice as much."""
+
+    def kept_elements(backend: str) -> int:
+        stem = fastvit.ConvStem(3, (8, 16), (2, 2), 8, backend=backend)
+        parameters = {p.data_ptr() for p in stem.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in parameters:
+                kept[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            stem(torch.randn(2, 3, 64, 64))
+        return sum(kept.values())
+
+    image, raw = 2 * 3 * 64 * 64, 2 * (8 * 32 * 32 + 16 * 16 * 16)
+    # Beside these, statistics of a few numbers a channel.
+    assert image + raw <= kept_elements("torch") < image + 1.01 * raw
+    assert kept_elements("reference") > image + 1.9 * raw
