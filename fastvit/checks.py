@@ -57,13 +57,13 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "(B, H, N, d)", 4)
         _check_floating(name, x)
         if x.shape != q.shape:
             raise ValueError(f"{name}: expected the shape of q, {_shape(q)}, got {_shape(x)}")
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and not autocast:
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
         _check_device(name, x, q.device)
 
@@ -91,8 +91,9 @@ def check_gpsa(
     gating_param: Tensor,
     grid_size: tuple[int, int],
     dropout_p: float,
+    autocast: bool,
 ) -> None:
-    check_qkv(q, k, v)
+    check_qkv(q, k, v, autocast)
     heads = q.shape[1]
     _check_parameter("pos_weight", pos_weight, (heads, 3), "(H, 3)", q.device)
     _check_parameter("gating_param", gating_param, (heads,), "(H,)", q.device)

@@ -12,11 +12,10 @@ positional logits, softmax sums and batch statistics stay in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import reference
@@ -30,8 +29,9 @@ from fastvit.checks import (
 from fastvit.ops import conv_stem as _conv_stem
 from fastvit.ops import gpsa as _gpsa
 from fastvit.ops import patch_embed as _patch_embed
+from fastvit.ops import sdpa
 from fastvit.ops.backend import Call, choose, requested
-from fastvit.ops.library import autocast_dtype, plain_ops_wanted
+from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.reference import ConvStage
 
 __all__ = ["ConvStage", "attention", "conv_stem", "gpsa_attention", "patch_embed"]
@@ -45,6 +45,16 @@ def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     ]
+
+
+def _plain(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Run a reference function whose matrix products were cast already: autocast itself would
+    round positional logits too.
+    """
+    if not autocast_enabled(x.device.type):
+        return function(x, *args, **kwargs)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *args, **kwargs)
 
 
 def gpsa_attention(
@@ -76,24 +86,26 @@ def gpsa_attention(
         backend: see the module.
 
     Returns:
-        (B, H, N, d) in the dtype of q (under autocast, the autocast dtype), laid out as
-        (B, N, H, d) in memory so that merging the heads copies nothing.
+        (B, H, N, d) in the dtype of q (under autocast, the autocast dtype). All backends but the
+        reference lay it out as (B, N, H, d), so that merging the heads copies nothing.
 
     Raises:
         ValueError: shapes, devices or grid do not fit, or ``dropout_p`` is outside [0, 1].
         TypeError: a dtype is not floating, or those of q, k, v differ.
         RuntimeError: the backend that was asked for cannot run the call.
     """
-    check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p)
+    cast = autocast_dtype(q)
+    check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
+    q, k, v = _cast(cast, q, k, v)
     asked = requested(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choose(Call("gpsa", q.device, q.dtype, dropout_p), asked) == "reference" or (
         plain_ops_wanted()
     ):
-        return reference.gpsa_attention(
-            q, k, v, pos_weight, gating_param, grid_size, scale=scale, dropout_p=dropout_p
-        )
-    q, k, v = _cast(autocast_dtype(q), q, k, v)
+        return _plain(
+            reference.gpsa_attention, q, k, v, pos_weight, gating_param, grid_size,
+            scale=scale, dropout_p=dropout_p,
+        )  # fmt: skip
     rows, columns = grid_size
     return _gpsa.gpsa(q, k, v, pos_weight, gating_param, rows, columns, scale, asked)
 
@@ -123,11 +135,14 @@ def attention(
         TypeError: a dtype is not floating, or they differ.
         RuntimeError: the backend that was asked for cannot run the call.
     """
-    check_qkv(q, k, v)
+    cast = autocast_dtype(q)
+    check_qkv(q, k, v, cast is not None)
     check_dropout(dropout_p)
+    q, k, v = _cast(cast, q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choose(Call("mhsa", q.device, q.dtype, dropout_p), requested(backend)) == "reference":
-        return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        return _plain(reference.attention, q, k, v, scale=scale, dropout_p=dropout_p)
+    return sdpa.attention(q, k, v, scale, dropout_p)
 
 
 def patch_embed(
@@ -232,19 +247,21 @@ def conv_stem(
         x, stages, proj_weight, proj_bias, training, pos_embed, cls_token, mean, std,
         cast is not None,
     )  # fmt: skip
+    x, proj_weight, proj_bias = _cast(cast, x, proj_weight, proj_bias)
+    stages = [stage._replace(weight=_cast(cast, stage.weight)[0]) for stage in stages]
     asked = requested(backend)
     if choose(Call("conv_stem", x.device, proj_weight.dtype), asked) == "reference" or (
         plain_ops_wanted()
     ):
-        return reference.conv_stem(
-            x, stages, proj_weight, proj_bias, training=training, momentum=momentum, eps=eps,
+        return _plain(
+            reference.conv_stem, x, stages, proj_weight, proj_bias,
+            training=training, momentum=momentum, eps=eps,
             pos_embed=pos_embed, cls_token=cls_token, mean=mean, std=std,
         )  # fmt: skip
     weights, gammas, betas, means, variances, strides = map(list, zip(*stages, strict=True))
     tracked = means[0] is not None
     running = (*means, *variances) if tracked else ()
     training = training or not tracked
-    x, proj_weight, proj_bias, *weights = _cast(cast, x, proj_weight, proj_bias, *weights)
     config = _conv_stem.Config(
         tuple(strides), training, float(eps), _floats(mean), _floats(std), asked
     )

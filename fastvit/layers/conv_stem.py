@@ -167,13 +167,16 @@ def _stem_parts(
         raise TypeError(f"module: {expected}, got {[type(m).__name__ for m in layers]}")
     stages: list[Any] = list(zip(*[iter(body)] * 3, strict=True))
     for i, (conv, norm, activation) in enumerate(stages):
-        kinds_fit = isinstance(norm, nn.BatchNorm2d) and isinstance(activation, nn.ReLU)
-        if not (kinds_fit and _fits(conv, kernel_size=3, padding=1, bias=False)):
-            raise TypeError(f"module: {expected}, got in stage {i}: {conv}, {norm}, {activation}")
-    last = cast(nn.Conv2d, projection)
-    if not (_fits(last, kernel_size=1, padding=0, bias=True) and last.stride[0] == 1):
-        raise TypeError(f"module: {expected}, got at the end: {projection}")
-    return [(conv, norm) for conv, norm, _ in stages], last
+        misfit = _misfit(conv, kernel_size=3, strides=(1, 2), bias=False)
+        for layer, kind in ((norm, nn.BatchNorm2d), (activation, nn.ReLU)):
+            if not isinstance(layer, kind):
+                misfit = misfit or f"a {type(layer).__name__} in the place of a {kind.__name__}"
+        if misfit:
+            raise TypeError(f"module: {expected}, got in stage {i} {misfit}")
+    misfit = _misfit(projection, kernel_size=1, strides=(1,), bias=True)
+    if misfit:
+        raise TypeError(f"module: {expected}, got at the end {misfit}")
+    return [(conv, norm) for conv, norm, _ in stages], cast(nn.Conv2d, projection)
 
 
 _STEM_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
@@ -185,14 +188,21 @@ def _is_foreign(module: nn.Module) -> bool:
     return is_leaf and not isinstance(module, (nn.Identity, nn.Sequential))
 
 
-def _fits(conv: nn.Module, kernel_size: int, padding: int, bias: bool) -> bool:
-    return (
-        isinstance(conv, nn.Conv2d)
-        and conv.kernel_size == (kernel_size, kernel_size)
-        and conv.padding == (padding, padding)
-        and conv.stride in ((1, 1), (2, 2))
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and (conv.bias is not None) == bias
-    )
+def _misfit(conv: nn.Module, kernel_size: int, strides: Sequence[int], bias: bool) -> str | None:
+    """What keeps a layer from being a convolution of the stem, or None."""
+    if not isinstance(conv, nn.Conv2d):
+        return f"a {type(conv).__name__} in the place of a Conv2d"
+    expected = {
+        "kernel_size": [(kernel_size, kernel_size)],
+        "stride": [(stride, stride) for stride in strides],
+        "padding": [(kernel_size // 2, kernel_size // 2)],
+        "dilation": [(1, 1)],
+        "groups": [1],
+        "padding_mode": ["zeros"],
+    }
+    for option, values in expected.items():
+        if getattr(conv, option) not in values:
+            return f"{option}={getattr(conv, option)}"
+    if (conv.bias is not None) != bias:
+        return "no bias" if bias else "a bias"
+    return None

@@ -51,7 +51,7 @@ def _fake_forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     stages, (training, _eps, _mean, _std, save, _backend) = Stages(*args[:6]), args[6:]
     shapes = stage_shapes(x, stages.weights, stages.strides)
-    N = shapes[-1][2] * shapes[-1][3] + (cls_token is not None)
+    N = shapes[-1][2] * shapes[-1][3] + int(cls_token is not None)
     tokens = proj_weight.new_empty(x.shape[0], N, proj_weight.shape[0])
     raw = [channels_last(proj_weight.new_empty(shape)) for shape in shapes] if save else []
     channels = [shape[1] for shape in shapes] if training else []

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.ops.library import picked
-from fastvit.ops.tokens import finish_tokens, token_gradients, wide
-from fastvit.reference import normalize_images
+from fastvit.ops.tokens import token_gradients, wide
+from fastvit.reference import assemble_tokens, normalize_images
 
 Floats = Sequence[float] | None
 Tensors = Sequence[Tensor]
@@ -68,6 +68,10 @@ def _normalize(
 def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of channels_last (B, C, H, W), in float32."""
     rows = _token_rows(raw).flatten(0, 1)
+    if rows.shape[0] == 0:
+        # What PyTorch's batch norm makes of an empty batch, without the warning of var_mean.
+        unknown = raw.new_full(rows.shape[1:], float("nan"), dtype=wide(raw.dtype))
+        return unknown, unknown.clone()
     variance, mean = torch.var_mean(rows.to(wide(raw.dtype)), dim=0, correction=0)
     return mean, variance
 
@@ -115,7 +119,7 @@ def forward(
             if save:
                 raw.append(y)
     tokens = F.linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
-    return Forward(finish_tokens(tokens, pos_embed, cls_token), raw, means, variances)
+    return Forward(assemble_tokens(tokens, pos_embed, cls_token), raw, means, variances)
 
 
 def _token_rows(x: Tensor) -> Tensor:

@@ -16,12 +16,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.ops.backend import Call, choose
 from fastvit.ops.library import SingleBackward, differentiable, register
-from fastvit.ops.sdpa import attention_with_gradients
+from fastvit.ops.sdpa import attention, attention_with_gradients
 
 
 class PositionFactors(NamedTuple):
@@ -85,7 +84,7 @@ def _torch_forward(
     grid_size: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    content = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    content = attention(q, k, v, scale)
     factors = position_factors(pos_weight, grid_size)
     # The gate goes into the smaller factor, where it costs nothing.
     gate = torch.sigmoid(gating_param.to(factors.py.dtype))[:, None, None]

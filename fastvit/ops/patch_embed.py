@@ -19,8 +19,9 @@ from fastvit.ops.library import (
     picked,
     register,
 )
-from fastvit.ops.tokens import finish_tokens, token_gradients, wide
+from fastvit.ops.tokens import token_gradients, wide
 from fastvit.ops.uint8_fold import fold_constants, fold_uint8
+from fastvit.reference import assemble_tokens
 
 Floats = Sequence[float] | None
 
@@ -53,7 +54,7 @@ def _torch_forward(
         weight, bias = weight.to(dtype), bias.to(dtype)
         patches = patches - offset.to(dtype)
     x = F.linear(_rows(patches), weight.flatten(1), bias)
-    return finish_tokens(x, pos_embed, cls_token)
+    return assemble_tokens(x, pos_embed, cls_token)
 
 
 def _torch_backward(
@@ -109,7 +110,7 @@ def _fake_forward(
 ) -> Tensor:
     B, _C, height, width = images.shape
     D, _C, ph, pw = weight.shape
-    return weight.new_empty(B, (height // ph) * (width // pw) + (cls_token is not None), D)
+    return weight.new_empty(B, (height // ph) * (width // pw) + int(cls_token is not None), D)
 
 
 _ARGUMENTS = (

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's attention together with its gradients, for use inside an op.
-
-Inside an op there is no autograd to ask (under a dispatch mode it is off for good), so PyTorch's
-own forward and backward operators are called by name.
-"""
+"""PyTorch's attention, and the same together with its gradients for use inside an op."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastvit import reference
 
 _aten = torch.ops.aten
 
@@ -16,10 +15,25 @@ _aten = torch.ops.aten
 _MAP_ELEMENTS = 1 << 24
 
 
+#: With fewer tokens PyTorch's CPU kernel takes a NaN in the scores for a masked row and gives
+#: zeros (torch 2.11 and 2.15: its vectors are 16 wide).
+_FEWEST_TOKENS = 16
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """Scaled dot-product attention of q, k, v (B, H, N, d) without maps in memory."""
+    if q.shape[2] < _FEWEST_TOKENS:
+        return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+
+
 def attention_with_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and gradients of plain attention, recomputed from its inputs.
+    """Output and gradients of :func:`attention` without dropout, recomputed from its inputs.
+
+    Inside an op there is no autograd to ask (under a dispatch mode it is off for good), so
+    PyTorch's own forward and backward operators are called by name.
 
     Args:
         grad: gradient of the output, (B, H, N, d).
@@ -33,6 +47,8 @@ def attention_with_gradients(
     if q.numel() == 0:
         return tuple(torch.zeros_like(x) for x in (q, q, k, v))  # type: ignore[return-value]
     q, k, v, grad = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, grad))
+    if q.shape[2] < _FEWEST_TOKENS:
+        return _by_formula(grad, q, k, v, scale)
     if q.device.type == "cpu":
         return _flash_cpu(grad, q, k, v, scale)
     if q.device.type == "cuda" and _memory_efficient_fits(q):
@@ -72,7 +88,7 @@ def _memory_efficient(
 def _by_formula(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Through the maps of a few images at a time, for devices and dtypes without such kernels."""
+    """Through the maps of a few images at a time, where no kernel of PyTorch's fits."""
     at_once = max(1, _MAP_ELEMENTS // (q.shape[1] * q.shape[2] ** 2))
     parts = []
     for g, q_part, k_part, v_part in zip(*(x.split(at_once) for x in (grad, q, k, v)), strict=True):

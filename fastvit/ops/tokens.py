@@ -6,18 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit.reference import assemble_tokens
-
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to sum in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def finish_tokens(x: Tensor, pos_embed: Tensor | None, cls_token: Tensor | None) -> Tensor:
-    """Class token and positions around (B, N, D), in the dtype of ``x`` whatever theirs."""
-    pos_embed = None if pos_embed is None else pos_embed.to(x.dtype)
-    return assemble_tokens(x, pos_embed, cls_token).contiguous()
 
 
 def token_gradients(

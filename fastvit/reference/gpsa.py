@@ -92,7 +92,8 @@ def gpsa_attention(
     attn = gpsa_attention_map(
         q, k, pos_weight, gating_param, grid_size, scale=scale, pos_bias=pos_bias
     )
-    return F.dropout(attn, dropout_p, training=dropout_p > 0.0) @ v
+    # The position parameters, and softmax under autocast, may be wider than the values.
+    return F.dropout(attn, dropout_p, training=dropout_p > 0.0).to(v.dtype) @ v
 
 
 class GPSA(nn.Module):

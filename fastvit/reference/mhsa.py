@@ -24,7 +24,8 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention of q, k, v (B, H, N, d) through the N x N map."""
     attn = attention_map(q, k, scale=scale)
-    return F.dropout(attn, dropout_p, training=dropout_p > 0.0) @ v
+    # Softmax under autocast is wider than the values.
+    return F.dropout(attn, dropout_p, training=dropout_p > 0.0).to(v.dtype) @ v
 
 
 class MHSA(nn.Module):

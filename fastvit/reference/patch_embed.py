@@ -45,8 +45,10 @@ def assemble_tokens(x: Tensor, pos_embed: Tensor | None, cls_token: Tensor | Non
     """Put the class token (1, 1, D) before the tokens (B, N, D) and add the positions.
 
     ``pos_embed`` (1, N, D) belongs to the patches alone, (1, N + 1, D) to the class token too.
+    The result has the dtype of ``x``, whatever theirs.
     """
     N = x.shape[1]
+    pos_embed = None if pos_embed is None else pos_embed.to(x.dtype)
     if pos_embed is not None and pos_embed.shape[1] == N:
         x = x + pos_embed
         pos_embed = None

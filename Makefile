@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+# One verb each for what one does with a clone; `make` lists them. Needed beforehand: Python 3.10
+# or later and a C++17 compiler. Everything else comes into .venv from the package index.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := requirements/tested.txt
+# What the installed package is made from.
+SOURCES := setup.py CMakeLists.txt pyproject.toml README.md \
+	$(shell find fastvit kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
+CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:
+	@echo "make test      environment, install, lint, tests, and one quick pass over bench/"
+	@echo "make bench     environment, install, and the table of times per epoch; for example"
+	@echo "               make bench ARGS='--rows convit_tiny --steps 10 --report out'"
+	@echo "make install   environment and install only: $(BIN)/fastvit info"
+	@echo "make lint      ruff, mypy on the installed package, clang-format"
+	@echo "make format    rewrite the sources as lint wants them"
+	@echo "make clean     remove what builds and caches left ($(VENV) stays)"
+	@echo "PYTHON=python3.12 make ... chooses the Python that $(VENV) is made with."
+
+.PHONY: venv
+venv: $(VENV)/.created
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "fastvit: $(PYTHON) was not found; install Python 3.10 or later or set PYTHON" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastvit: Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+			"set PYTHON, as in make PYTHON=python3.12 test" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "fastvit: Python's venv module does not work (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@touch $@
+
+# The dependencies, and the package with them: both in one run of pip, which resolves them together.
+$(VENV)/.dependencies: $(VENV)/.created pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) '.[bench,test]'
+	@touch $@ $(VENV)/.installed
+
+# Only sources changed: the package alone.
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install --no-deps --force-reinstall .
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed
+
+.PHONY: lint
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@# From elsewhere, so that the installed package is checked: types of fastvit.kernels are
+	@# found only there.
+	cd / && '$(CURDIR)/$(BIN)/mypy' --config-file '$(CURDIR)/pyproject.toml' \
+		--cache-dir '$(CURDIR)/.mypy_cache' --package fastvit
+
+.PHONY: test
+test: lint
+	$(BIN)/fastvit info
+	$(BIN)/pytest tests $(ARGS)
+	$(BIN)/pytest bench
+
+.PHONY: bench
+bench: install
+	$(BIN)/pytest bench/ --benchmark $(ARGS)
+
+.PHONY: format
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+.PHONY: clean
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fastvit/_C.*.so
+	find . -type d -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

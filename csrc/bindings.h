@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastvit {
+
+// Each area of the module registers its own functions, at the bottom of its source file.
+void register_build_info(pybind11::module_& m);
+void register_cuda_status(pybind11::module_& m);
+void register_uint8_fold(pybind11::module_& m);
+
+}  // namespace fastvit

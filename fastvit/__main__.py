@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``fastvit``, the same as ``python -m fastvit``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from fastvit._version import __version__
+
+_DESCRIPTION = """\
+Fast GPSA attention, convolutional stem and patch embedding for vision transformers.
+The layers are used from Python; this command tells about the installation."""
+
+_EXAMPLES = """\
+examples:
+  fastvit info                 what is installed, built and usable here, for bug reports
+  fastvit info --check         also compare every backend with the reference, here and now
+  fastvit info --json | jq .build
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments after the program's name; by default those of the process.
+
+    Returns:
+        The exit status: 1 if a check disagreed, else 0.
+    """
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvit",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastvit {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    info = commands.add_parser(
+        "info",
+        help="versions, build record, devices, and which backend runs what or why not",
+        description="Tell what is installed, what was built, and which backends run here.",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON instead of text")
+    info.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every backend with the reference on small inputs; exit with 1 if one differs",
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    # Here, so that --help and --version answer without the seconds that importing torch takes.
+    from fastvit._info import info
+
+    found = info(check=arguments.check)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return 0 if found.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

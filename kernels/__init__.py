@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels, installed as ``fastvit.kernels``.
+
+Nothing here imports torch at module level, so that the kernels can be compiled ahead of time with
+Triton alone. The file itself must stay: without it an editable install cannot find the package.
+"""
