@@ -20,7 +20,7 @@ CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*.
 help:
 	@echo "make test      environment, install, lint, tests, and one quick pass over bench/"
 	@echo "make bench     environment, install, and the table of times per epoch; for example"
-	@echo "               make bench ARGS='--rows convit_tiny --steps 10 --report out'"
+	@echo "               make bench ARGS='--rows ConViT-S --steps 10 --report out'"
 	@echo "make install   environment and install only: $(BIN)/fastvit info"
 	@echo "make lint      ruff, mypy on the installed package, clang-format"
 	@echo "make format    rewrite the sources as lint wants them"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastvit.reference import ConvStage
+from fastvit.reference.arguments import check_grid, check_probability
 
 
 def _shape(x: Tensor) -> str:
@@ -52,11 +53,6 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
 
 
-def check_dropout(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-
-
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "(B, H, N, d)", 4)
@@ -66,21 +62,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
         if x.dtype != q.dtype and not autocast:
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
         _check_device(name, x, q.device)
-
-
-def check_grid(grid_size: Any, tokens: int) -> None:
-    ok = isinstance(grid_size, (tuple, list)) and len(grid_size) == 2
-    # Under export with dynamic shapes the sides are symbolic, and no instances of int.
-    if not ok or not all(isinstance(side, (int, torch.SymInt)) for side in grid_size):
-        raise ValueError(f"grid_size: expected a pair of positive ints, got {grid_size!r}")
-    rows, columns = grid_size
-    if rows <= 0 or columns <= 0:
-        raise ValueError(f"grid_size: expected a pair of positive ints, got {grid_size!r}")
-    if rows * columns != tokens:
-        raise ValueError(
-            f"grid_size: expected rows * columns == N = {tokens}, "
-            f"got {rows} * {columns} = {rows * columns}"
-        )
 
 
 def check_gpsa(
@@ -97,8 +78,13 @@ def check_gpsa(
     heads = q.shape[1]
     _check_parameter("pos_weight", pos_weight, (heads, 3), "(H, 3)", q.device)
     _check_parameter("gating_param", gating_param, (heads,), "(H,)", q.device)
-    check_grid(grid_size, q.shape[2])
-    check_dropout(dropout_p)
+    rows, columns = check_grid(grid_size)
+    if rows * columns != q.shape[2]:
+        raise ValueError(
+            f"grid_size: expected rows * columns == N = {q.shape[2]}, "
+            f"got {rows} * {columns} = {rows * columns}"
+        )
+    check_probability("dropout_p", dropout_p)
 
 
 def _check_images(name: str, images: Tensor, weight: Tensor, autocast: bool) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.checks import (
     check_conv_stem,
-    check_dropout,
     check_gpsa,
     check_patch_embed,
     check_qkv,
@@ -33,6 +32,7 @@ from fastvit.ops import sdpa
 from fastvit.ops.backend import Call, choose, requested
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.reference import ConvStage
+from fastvit.reference.arguments import check_probability
 
 __all__ = ["ConvStage", "attention", "conv_stem", "gpsa_attention", "patch_embed"]
 
@@ -137,7 +137,7 @@ def attention(
     """
     cast = autocast_dtype(q)
     check_qkv(q, k, v, cast is not None)
-    check_dropout(dropout_p)
+    check_probability("dropout_p", dropout_p)
     q, k, v = _cast(cast, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choose(Call("mhsa", q.device, q.dtype, dropout_p), requested(backend)) == "reference":
@@ -272,6 +272,8 @@ def conv_stem(
     if training and tracked:
         shapes = _conv_stem.stage_shapes(x, weights, strides)
         counts = [B * height * width for B, _, height, width in shapes]
-        batch = extra[-len(running) :]
-        _conv_stem.update_running_statistics(running, batch, counts, momentum)
+        # An empty batch leaves them alone, as PyTorch's batch norm does.
+        if counts[0] > 0:
+            batch = extra[-len(running) :]
+            _conv_stem.update_running_statistics(running, batch, counts, momentum)
     return tokens

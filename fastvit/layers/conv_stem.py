@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvit import reference
 from fastvit.functional import conv_stem
-from fastvit.layers.hooks import has_hooks
+from fastvit.layers.children import is_plain
 from fastvit.ops.backend import checked, requested
 from fastvit.reference import ConvStage
 
@@ -55,9 +55,9 @@ class ConvStem(reference.ConvStem):
         """A layer that shares the parameters and buffers of another library's ViT_C stem.
 
         Args:
-            module: timm's ``ConvStem``, torchvision's ``conv_proj`` or any Sequential of
-                3x3 Conv2d (padding 1, no bias), BatchNorm2d, ReLU, repeated, and a 1x1 Conv2d
-                with bias. It keeps working.
+            module: a ``ConvStem`` of ours or timm's, torchvision's ``conv_proj`` or any
+                Sequential of 3x3 Conv2d (padding 1, no bias), BatchNorm2d, ReLU, repeated, and a
+                1x1 Conv2d with bias. It keeps working.
             kwargs: ``flatten``, ``mean``, ``std`` and ``backend``.
 
         Raises:
@@ -81,36 +81,29 @@ class ConvStem(reference.ConvStem):
         layer.projection.conv = projection
         return layer.train(module.training)
 
-    def _fusible(self) -> str | None:
-        """Why the stages cannot run as one op, or None."""
+    def _fusible(self) -> bool:
+        """Whether the stages can run as one op: plain layers, and batch norms of one mind."""
         norms = [stage.bn for stage in self.stages]
-        for norm in norms:
-            if type(norm) is not nn.BatchNorm2d or not norm.affine:
-                return f"a norm is {type(norm).__qualname__}, not an affine BatchNorm2d"
-        first = norms[0]
-        if any(
-            (norm.training, norm.eps, norm.momentum, norm.running_mean is None)
-            != (first.training, first.eps, first.momentum, first.running_mean is None)
-            for norm in norms
-        ):
-            return "the batch norms differ in mode or options"
-        if first.momentum is None:
-            return "momentum=None takes a cumulative average"
-        if has_hooks(*self, *(child for layer in self for child in layer.children())):
-            return "a layer has hooks"
-        return None
+        convolutions = [layer.conv for layer in (*self.stages, self.projection)]
+        if not all(is_plain(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
+            return False
+        if not all(is_plain(conv, nn.Conv2d) for conv in convolutions):
+            return False
+        if not all(is_plain(layer, reference.ConvBNReLU, reference.Projection) for layer in self):
+            return False
+        first, *others = (
+            (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for norm in norms
+        )
+        # momentum=None takes a cumulative average.
+        return norms[0].momentum is not None and all(options == first for options in others)
 
     def forward(self, x: Tensor) -> Tensor:
-        if requested(self.backend) == "reference" or self._fusible() is not None:
+        if requested(self.backend) == "reference" or not self._fusible():
             return super().forward(x)
         stages, conv = self.stages, self.projection.conv
         norm = stages[0].bn
         # _fusible has ruled out the None of a cumulative average.
         momentum = cast(float, norm.momentum)
-        if norm.training:
-            for stage in stages:
-                if stage.bn.num_batches_tracked is not None:
-                    stage.bn.num_batches_tracked.add_(1)
         raw = x.dtype == torch.uint8
         tokens = conv_stem(
             x,
@@ -124,6 +117,10 @@ class ConvStem(reference.ConvStem):
             std=self.std if raw else None,
             backend=self.backend,
         )
+        if norm.training:
+            for stage in stages:
+                if stage.bn.num_batches_tracked is not None:
+                    stage.bn.num_batches_tracked.add_(1)
         if self.flatten:
             return tokens
         height, width = x.shape[-2:]
@@ -160,6 +157,8 @@ def _stem_parts(
     Raises:
         TypeError: a layer is out of place, or has options that the stem does not have.
     """
+    if isinstance(module, reference.ConvStem):
+        return [(stage.conv, stage.bn) for stage in module.stages], module.projection.conv
     layers = [m for m in module.modules() if isinstance(m, _STEM_LAYERS) or _is_foreign(m)]
     *body, projection = layers or [module]
     expected = "expected (3x3 Conv2d, BatchNorm2d, ReLU) stages and a 1x1 Conv2d with bias"

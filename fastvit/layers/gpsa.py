@@ -4,12 +4,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit import reference
 from fastvit.functional import gpsa_attention
-from fastvit.layers.hooks import has_hooks
+from fastvit.layers.children import dropout_rate, is_plain
 from fastvit.ops.backend import checked, requested
+from fastvit.reference.arguments import check_tokens
 
 
 class GPSA(reference.GPSA):
@@ -95,7 +96,10 @@ class GPSA(reference.GPSA):
         return weight + 0.0 * bias[:, None]
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        if has_hooks(self.attn_drop, self.pos_proj) or requested(self.backend) == "reference":
+        check_tokens(x, self.dim)
+        if requested(self.backend) == "reference" or not (
+            is_plain(self.attn_drop, nn.Dropout, nn.Identity) and is_plain(self.pos_proj, nn.Linear)
+        ):
             return super().forward(x, grid_size)
         grid = self.resolve_grid_size(x.shape[1], grid_size)
         q, k = self._heads(self.qk(x)).unbind(0)
@@ -107,7 +111,7 @@ class GPSA(reference.GPSA):
             self.gating_param,
             grid,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=dropout_rate(self.attn_drop),
             backend=self.backend,
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit import reference
 from fastvit.functional import attention
-from fastvit.layers.hooks import has_hooks
+from fastvit.layers.children import dropout_rate, is_plain
 from fastvit.ops.backend import checked, requested
 
 
@@ -34,7 +34,8 @@ class MHSA(reference.MHSA):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        if has_hooks(self.attn_drop) or requested(self.backend) == "reference":
+        plain = is_plain(self.attn_drop, nn.Dropout, nn.Identity)
+        if requested(self.backend) == "reference" or not plain:
             return super().forward(x)
         q, k, v = self._qkv(x)
         out = attention(
@@ -42,7 +43,7 @@ class MHSA(reference.MHSA):
             k,
             v,
             scale=self.scale,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=dropout_rate(self.attn_drop),
             backend=self.backend,
         )
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastvit import reference
 from fastvit.functional import patch_embed
-from fastvit.layers.hooks import has_hooks
+from fastvit.layers.children import is_plain
 from fastvit.ops.backend import checked, requested
 
 
@@ -55,7 +55,7 @@ class PatchEmbed(reference.PatchEmbed):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, images: Tensor) -> Tensor:
-        if has_hooks(self.proj) or requested(self.backend) == "reference":
+        if requested(self.backend) == "reference" or not is_plain(self.proj, nn.Conv2d):
             return super().forward(images)
         images = self._pad(images)
         # Padding has normalised uint8 images already.

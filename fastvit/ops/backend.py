@@ -35,19 +35,20 @@ def nearest(name: str, names: Iterator[str] | tuple[str, ...] | list[str]) -> st
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
 
 
-def checked(name: str) -> str:
-    """``name`` if it is a backend or ``auto``.
+def checked(name: str, what: str = "backend") -> str:
+    """``name`` if it is a backend or ``auto``; ``what`` is where it came from.
 
     Raises:
         ValueError: it is neither; the message has the nearest names.
     """
     if name != AUTO and name not in BACKENDS:
         hint = nearest(str(name), (AUTO, *BACKENDS))
-        raise ValueError(f"backend: unknown name {name!r}; {hint}")
+        raise ValueError(f"{what}: unknown name {name!r}; {hint}")
     return name
 
 
-_default = checked(os.environ.get("FASTVIT_BACKEND", AUTO))
+# Shells spell "unset" as the empty string, too.
+_default = checked(os.environ.get("FASTVIT_BACKEND") or AUTO, "FASTVIT_BACKEND")
 
 
 def set_backend(name: str) -> None:

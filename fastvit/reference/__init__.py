@@ -6,7 +6,7 @@ normalised before they are convolved. Tests, benchmarks and the ``reference`` ba
 these definitions and no others.
 """
 
-from fastvit.reference.conv_stem import ConvBNReLU, ConvStage, ConvStem, conv_stem
+from fastvit.reference.conv_stem import ConvBNReLU, ConvStage, ConvStem, Projection, conv_stem
 from fastvit.reference.gpsa import GPSA, gpsa_attention, gpsa_attention_map, relative_positions
 from fastvit.reference.mhsa import MHSA, attention, attention_map
 from fastvit.reference.patch_embed import (
@@ -24,6 +24,7 @@ __all__ = [
     "ConvStage",
     "ConvStem",
     "PatchEmbed",
+    "Projection",
     "assemble_tokens",
     "attention",
     "attention_map",

@@ -178,7 +178,9 @@ class ConvStem(nn.Sequential):
         return cast(Projection, self[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = normalize_images(x, self.mean, self.std, self.projection.conv.weight.dtype)
+        # The projection may be an adapter around a convolution.
+        dtype = next(self.projection.parameters()).dtype
+        x = normalize_images(x, self.mean, self.std, dtype)
         for layer in self:
             x = layer(x)
         return x.flatten(2).transpose(1, 2) if self.flatten else x

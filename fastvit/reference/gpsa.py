@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.reference.arguments import check_grid, check_heads, check_probability, check_tokens
+
 
 def relative_positions(
     grid_size: tuple[int, int],
@@ -114,7 +116,10 @@ class GPSA(nn.Module):
     (dim, dim), ``pos_proj`` (H, 3), ``gating_param`` (H,).
 
     Raises:
-        ValueError: ``dim`` is not divisible by ``num_heads``, or a dropout is outside [0, 1].
+        ValueError: ``dim`` is not divisible by ``num_heads``, a dropout is outside [0, 1], or
+            ``grid_size`` is no pair of positive ints; at the call, ``x`` has another shape or
+            does not fill the grid.
+        TypeError: at the call, ``x`` is not floating.
     """
 
     def __init__(
@@ -133,13 +138,14 @@ class GPSA(nn.Module):
         grid_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
+        check_heads(dim, num_heads)
+        check_probability("attn_drop", attn_drop)
+        check_probability("proj_drop", proj_drop)
         self.dim = dim
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.locality_strength = locality_strength
-        self.grid_size = grid_size
+        self.grid_size = None if grid_size is None else check_grid(grid_size)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **factory)
@@ -183,7 +189,7 @@ class GPSA(nn.Module):
         """
         given = self.grid_size if grid_size is None else grid_size
         if given is not None:
-            rows, columns = given
+            rows, columns = check_grid(given)
             if rows * columns != num_patches:
                 raise ValueError(
                     f"grid_size: expected rows * columns == N = {num_patches}, "
@@ -213,6 +219,7 @@ class GPSA(nn.Module):
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The exact mixed attention map (B, H, N, N) of ``x`` (B, N, dim)."""
+        check_tokens(x, self.dim)
         q, k = self._heads(self.qk(x)).unbind(0)
         attn = gpsa_attention_map(
             q,

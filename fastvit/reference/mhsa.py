@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.reference.arguments import check_heads, check_probability, check_tokens
 from fastvit.reference.gpsa import relative_positions
 
 
@@ -42,7 +43,9 @@ class MHSA(nn.Module):
     Shapes: input and output (B, N, dim). Parameters: ``qkv`` (3 dim, dim), ``proj`` (dim, dim).
 
     Raises:
-        ValueError: ``dim`` is not divisible by ``num_heads``, or a dropout is outside [0, 1].
+        ValueError: ``dim`` is not divisible by ``num_heads``, or a dropout is outside [0, 1]; at
+            the call, ``x`` has another shape.
+        TypeError: at the call, ``x`` is not floating.
     """
 
     def __init__(
@@ -58,8 +61,9 @@ class MHSA(nn.Module):
         qk_scale: float | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim: expected a multiple of num_heads={num_heads}, got {dim}")
+        check_heads(dim, num_heads)
+        check_probability("attn_drop", attn_drop)
+        check_probability("proj_drop", proj_drop)
         self.dim = dim
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
@@ -75,6 +79,7 @@ class MHSA(nn.Module):
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v (B, H, N, d) of ``x`` (B, N, dim), as views of one projection."""
+        check_tokens(x, self.dim)
         B, N, _ = x.shape
         heads = (self.num_heads, self.dim // self.num_heads)
         qkv = self.qkv(x).reshape(B, N, 3, *heads)

@@ -11,15 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.reference.arguments import pair
+
 OUTPUT_FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
-
-
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)
 
 
 def normalize_images(
@@ -208,14 +202,18 @@ class PatchEmbed(nn.Module):
                 f"got {size[0]} x {size[1]} (dynamic_img_pad=True pads)"
             )
 
+    def _normalize(self, images: Tensor) -> Tensor:
+        """uint8 images in the dtype of the projection, which may be an adapter around one."""
+        dtype = next(self.proj.parameters()).dtype
+        return normalize_images(images, self.mean, self.std, dtype)
+
     def _pad(self, images: Tensor) -> Tensor:
         """Check the size and pad to whole patches; padding normalises uint8 images first."""
         self._check_size(images)
         (ph, pw), (height, width) = self.patch_size, images.shape[-2:]
         if not self.dynamic_img_pad or (height % ph == 0 and width % pw == 0):
             return images
-        images = normalize_images(images, self.mean, self.std, self.proj.weight.dtype)
-        return F.pad(images, (0, -width % pw, 0, -height % ph))
+        return F.pad(self._normalize(images), (0, -width % pw, 0, -height % ph))
 
     def _finish(self, tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Tokens (B, N, D) in the output format, then the norm."""
@@ -232,5 +230,5 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         images = self._pad(images)
         grid_size = self.dynamic_feat_size(images.shape[-2:])
-        x = self.proj(normalize_images(images, self.mean, self.std, self.proj.weight.dtype))
+        x = self.proj(self._normalize(images))
         return self._finish(x.flatten(2).transpose(1, 2), grid_size)
