@@ -46,7 +46,7 @@ def find_nvcc() -> tuple[str | None, str]:
 
 def cuda_arguments() -> list[str]:
     """What FASTVIT_CUDA and the machine decide about CUDA, as arguments for CMake."""
-    choice = os.environ.get("FASTVIT_CUDA", "auto").strip().lower()
+    choice = (os.environ.get("FASTVIT_CUDA") or "auto").strip().lower()
     if choice not in ("auto", "0", "1"):
         fail(f"FASTVIT_CUDA: expected auto, 0 or 1, got {choice!r}")
     if choice == "0":

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from fastvit.reference import ConvStage
-from fastvit.reference.arguments import check_grid, check_probability
+from fastvit.reference.arguments import (
+    check_grid,
+    check_images,
+    check_normalization,
+    check_probability,
+)
 
 
 def _shape(x: Tensor) -> str:
@@ -87,41 +92,29 @@ def check_gpsa(
     check_probability("dropout_p", dropout_p)
 
 
-def _check_images(name: str, images: Tensor, weight: Tensor, autocast: bool) -> None:
-    _check_tensor(name, images, "(B, C, H, W)", 4)
+def _check_images(
+    name: str,
+    images: Any,
+    weight: Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    autocast: bool,
+) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name}: expected a tensor (B, C, H, W), got {type(images).__name__}")
+    check_images(name, images, weight.shape[1])
     _check_device(name, images, weight.device)
-    if images.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}: expected {weight.shape[1]} channels as the weight has, "
-            f"got shape {_shape(images)}"
-        )
     if images.dtype == torch.uint8:
-        return
-    if not images.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype or uint8, got {images.dtype}")
+        return check_normalization(mean, std, weight.shape[1])
     if images.dtype != weight.dtype and not autocast:
         raise TypeError(
-            f"{name}: expected the dtype of the weight, {weight.dtype}, got {images.dtype}"
+            f"{name}: expected uint8 or the dtype of the weight, {weight.dtype}, got {images.dtype}"
         )
-
-
-def _check_normalization(
-    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> None:
-    if mean is None and std is None:
-        return
-    if images.dtype != torch.uint8:
+    if mean is not None or std is not None:
         raise ValueError(
             f"mean, std: expected None for images of {images.dtype}, since they normalise uint8 "
             f"images; got {mean} and {std}"
         )
-    for name, values in (("mean", mean), ("std", std)):
-        if values is None or len(values) != images.shape[1]:
-            raise ValueError(
-                f"{name}: expected {images.shape[1]} floats, one per channel, got {values}"
-            )
-    if any(value == 0 for value in std or ()):
-        raise ValueError(f"std: expected no 0, got {std}")
 
 
 def _check_token_parameters(
@@ -165,9 +158,10 @@ def check_patch_embed(
     autocast: bool,
 ) -> None:
     _check_projection(weight, bias, ("weight", "bias"))
-    _check_images("images", images, weight, autocast)
-    _check_normalization(images, mean, std)
     (height, width), (ph, pw) = images.shape[-2:], weight.shape[-2:]
+    if ph == 0 or pw == 0:
+        raise ValueError(f"weight: expected patches of at least one pixel, got {_shape(weight)}")
+    _check_images("images", images, weight, mean, std, autocast)
     if height % ph or width % pw:
         raise ValueError(
             f"images: expected sides divisible by the patch size {ph} x {pw}, "
@@ -177,19 +171,19 @@ def check_patch_embed(
     _check_token_parameters(pos_embed, cls_token, tokens, weight.shape[0], images.device)
 
 
-def _check_stage(i: int, stage: ConvStage, channels: int, like: Tensor) -> None:
+def _check_stage(i: int, stage: ConvStage, channels: int, device: torch.device) -> None:
     name = f"stages[{i}]"
     if stage.stride not in (1, 2):
         raise ValueError(f"{name}.stride: expected 1 or 2, got {stage.stride}")
     _check_tensor(f"{name}.weight", stage.weight, "(C_out, C_in, 3, 3)", 4)
     out = stage.weight.shape[0]
-    why = "(C_out, C_in, 3, 3)"
-    _check_parameter(f"{name}.weight", stage.weight, (out, channels, 3, 3), why, like.device)
+    shape = (out, channels, 3, 3)
+    _check_parameter(f"{name}.weight", stage.weight, shape, "(C_out, C_in, 3, 3)", device)
     for field in ("bn_weight", "bn_bias", "running_mean", "running_var"):
         value = getattr(stage, field)
         if value is None and field.startswith("running"):
             continue
-        _check_parameter(f"{name}.{field}", value, (out,), "(C_out,)", like.device)
+        _check_parameter(f"{name}.{field}", value, (out,), "(C_out,)", device)
     if (stage.running_mean is None) != (stage.running_var is None):
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
 
@@ -200,6 +194,7 @@ def check_conv_stem(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     training: bool,
+    momentum: float,
     pos_embed: Tensor | None,
     cls_token: Tensor | None,
     mean: Sequence[float] | None,
@@ -209,19 +204,23 @@ def check_conv_stem(
     _check_projection(proj_weight, proj_bias, ("proj_weight", "proj_bias"))
     if not stages:
         raise ValueError("stages: expected at least one stage, got none")
-    if len({stage.running_mean is None for stage in stages}) != 1:
-        raise ValueError("stages: expected running statistics in all stages or in none")
-    _check_images("x", x, stages[0].weight, autocast)
-    _check_normalization(x, mean, std)
-    channels, height, width = x.shape[1], x.shape[2], x.shape[3]
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum: expected a float, got {momentum!r}")
+    first = stages[0].weight
+    channels = first.shape[1] if isinstance(first, Tensor) and first.ndim == 4 else 0
     for i, stage in enumerate(stages):
-        _check_stage(i, stage, channels, x)
+        _check_stage(i, stage, channels, proj_weight.device)
         if stage.weight.dtype != proj_weight.dtype and not autocast:
             raise TypeError(
                 f"stages[{i}].weight: expected the dtype of proj_weight, {proj_weight.dtype}, "
                 f"got {stage.weight.dtype}"
             )
         channels = stage.weight.shape[0]
+    if len({stage.running_mean is None for stage in stages}) != 1:
+        raise ValueError("stages: expected running statistics in all stages or in none")
+    _check_images("x", x, stages[0].weight, mean, std, autocast)
+    height, width = x.shape[2], x.shape[3]
+    for stage in stages:
         height, width = (height - 1) // stage.stride + 1, (width - 1) // stage.stride + 1
     _check_shape(
         "proj_weight", proj_weight, (proj_weight.shape[0], channels, 1, 1), "(D, C_last, 1, 1)"

@@ -128,7 +128,9 @@ def attention(
         backend: see the module.
 
     Returns:
-        (B, H, N, d) in the dtype of q (under autocast, the autocast dtype).
+        (B, H, N, d) in the dtype of q (under autocast, the autocast dtype). Where all scores of
+        a query are -inf the torch backend gives zeros, as PyTorch's attention does, and the
+        reference NaN.
 
     Raises:
         ValueError: shapes or devices differ, or ``dropout_p`` is outside [0, 1].
@@ -241,10 +243,13 @@ def conv_stem(
         TypeError: a dtype is neither floating nor, for images, uint8; or dtypes differ.
         RuntimeError: the backend that was asked for cannot run the call.
     """
+    try:
+        stages = [ConvStage(*stage) for stage in stages]
+    except TypeError as error:
+        raise TypeError(f"stages: expected a sequence of ConvStage, got {stages!r}") from error
     cast = autocast_dtype(proj_weight)
-    stages = [ConvStage(*stage) for stage in stages]
     check_conv_stem(
-        x, stages, proj_weight, proj_bias, training, pos_embed, cls_token, mean, std,
+        x, stages, proj_weight, proj_bias, training, momentum, pos_embed, cls_token, mean, std,
         cast is not None,
     )  # fmt: skip
     x, proj_weight, proj_bias = _cast(cast, x, proj_weight, proj_bias)

@@ -231,7 +231,7 @@ class TestBadGeometry:
 
     def test_grid_that_is_none(self):
         model = create_model("deit_tiny", depth=1, img_size=96)
-        with pytest.raises(ValueError, match="grid_size must be a positive int"):
+        with pytest.raises(ValueError, match="grid_size: expected a positive int"):
             load_checkpoint(model, model.state_dict(), grid_size=(6, 0))
 
     def test_count_that_is_no_square(self):

@@ -512,8 +512,8 @@ class TestBadArguments:
         [
             ("deit_tiny", {"img_size": 230}, r"img_size \(230, 230\).*patch size \(16, 16\)"),
             ("vit_c_1gf", {"img_size": (224, 230)}, r"img_size \(224, 230\).*\(16, 16\)"),
-            ("convit_tiny", {"img_size": 0}, "img_size must be a positive int"),
-            ("convit_tiny", {"img_size": (224,)}, "img_size must be a positive int"),
+            ("convit_tiny", {"img_size": 0}, "img_size: expected a positive int"),
+            ("convit_tiny", {"img_size": (224,)}, "img_size: expected a positive int"),
             ("convit_tiny", {"global_pool": "max"}, "global_pool must be one of .* got 'max'"),
             ("convit_tiny", {"local_up_to_layer": -1}, "local_up_to_layer.*-1"),
             ("deit_tiny", {"depth": 0}, "depth must be at least 1, got 0"),

@@ -5,6 +5,7 @@ map, and check the registration.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -234,6 +235,7 @@ LAYERS: dict[str, Callable[[], tuple[torch.nn.Module, Tensor]]] = {
         torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8),
     ),
     "ConvStem": lambda: (fastvit.ConvStem(3, (4, 6), (2, 2), 10), torch.randn(2, 3, 9, 12)),
+    "ConvStem_gray": lambda: (fastvit.ConvStem(1, (4, 6), (2, 2), 10), torch.randn(2, 1, 9, 12)),
 }
 
 
@@ -272,6 +274,15 @@ def test_layers_export_with_a_dynamic_batch(
         torch.testing.assert_close(loaded(sample), module(sample), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiler")
+def test_gpsa_compiles_for_several_square_grids() -> None:
+    module = fastvit.GPSA(32, 4)
+    compiled = torch.compile(module, fullgraph=True)
+    for tokens in (16, 25, 49):
+        x = torch.randn(1, tokens, 32)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+
+
 def test_func_grad_of_layers(layer: tuple[torch.nn.Module, Tensor]) -> None:
     module, x = layer
     module.eval()
@@ -283,11 +294,40 @@ def test_func_grad_of_layers(layer: tuple[torch.nn.Module, Tensor]) -> None:
     assert_all_close(actual.values(), [p.grad for p in module.parameters()])
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_an_exported_program_trains(layer: tuple[torch.nn.Module, Tensor], training: bool) -> None:
+    """It holds the bare ops, whose outputs would look differentiable and give no gradient."""
+    module, x = layer
+    module.train(training)
+    twin = copy.deepcopy(module)
+    exported = torch.export.export(module, (x,)).module()
+    out = exported(x)
+    out.square().sum().backward()
+    expected = twin(x)
+    expected.square().sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    actual = dict(exported.named_parameters())
+    for name, parameter in twin.named_parameters():
+        assert actual[name].grad is not None, name
+        assert_all_close([actual[name].grad], [parameter.grad])
+
+
 def stem_lists(training: bool) -> list[Any]:
     parameters = [x.detach() for x in conv_stem_case().inputs[3:]]
     lists: list[Any] = [list(parameters[i::3]) for i in range(3)]
     statistics = [[torch.zeros(c) for c in (4, 6)], [torch.ones(c) for c in (4, 6)]]
     return [*lists, *([[], []] if training else statistics), list(STRIDES)]
+
+
+def stem_sample(channels: tuple[int, ...], training: bool, save: bool) -> tuple[Any, ...]:
+    """Arguments of the stem's forward op; a channel count of 1 is where layouts get ambiguous."""
+    x = torch.randn(2, channels[0], 8, 12)
+    proj, bias = torch.randn(5, channels[-1], 1, 1), torch.randn(5)
+    weights = [torch.randn(o, i, 3, 3) for i, o in itertools.pairwise(channels)]
+    vectors = [[torch.rand(c) + 0.5 for c in channels[1:]] for _ in range(4)]
+    lists = [weights, *vectors[:2], *([[], []] if training else vectors[2:])]
+    strides = list(STRIDES)[: len(weights)]
+    return x, proj, bias, None, None, *lists, strides, training, 1e-5, None, None, save, "auto"
 
 
 def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -338,10 +378,11 @@ def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
              [False, True, False, False, False], "auto"),
         ),
         **{
-            f"conv_stem_forward_training_{training}_save_{save}": (
+            f"conv_stem_forward_{name}_training_{training}_save_{save}": (
                 ops._conv_stem_forward,
-                (*stem, *stem_lists(training), training, *options, save, "auto"),
+                stem_sample(channels, training, save),
             )
+            for name, channels in {"rgb": (3, 4, 6), "gray": (1, 4, 1)}.items()
             for training in (False, True)
             for save in (False, True)
         },

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from fastvit import reference
 from fastvit.functional import conv_stem
 from fastvit.layers.children import is_plain
+from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
 from fastvit.reference import ConvStage
 
 
 class ConvStem(reference.ConvStem):
-    __doc__ = (reference.ConvStem.__doc__ or "").replace(
-        "\n\n    Shapes:", "\n        backend: see :mod:`fastvit.functional`.\n\n    Shapes:"
-    )
+    __doc__ = with_backend(reference.ConvStem)
 
     def __init__(
         self,
@@ -79,23 +78,33 @@ class ConvStem(reference.ConvStem):
             stage.conv = conv
             _share_norm(stage.bn, norm)
         layer.projection.conv = projection
-        return layer.train(module.training)
+        # Not by train(), which would wake frozen batch norms.
+        for part in (layer, *layer):
+            part.training = module.training
+        return layer
 
     def _fusible(self) -> bool:
         """Whether the stages can run as one op: plain layers, and batch norms of one mind."""
-        norms = [stage.bn for stage in self.stages]
-        convolutions = [layer.conv for layer in (*self.stages, self.projection)]
-        if not all(is_plain(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
+        *stages, projection = self
+        if not all(is_plain(stage, reference.ConvBNReLU) for stage in stages):
             return False
+        if not is_plain(projection, reference.Projection):
+            return False
+        norms = [stage.bn for stage in self.stages]
+        convolutions = [*(stage.conv for stage in self.stages), self.projection.conv]
         if not all(is_plain(conv, nn.Conv2d) for conv in convolutions):
             return False
-        if not all(is_plain(layer, reference.ConvBNReLU, reference.Projection) for layer in self):
+        if not all(is_plain(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
             return False
         first, *others = (
             (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for norm in norms
         )
-        # momentum=None takes a cumulative average.
-        return norms[0].momentum is not None and all(options == first for options in others)
+        # momentum=None takes a cumulative average. Buffers that are not tracked are left alone.
+        return (
+            first[2] is not None
+            and all(options == first for options in others)
+            and all(norm.track_running_stats or norm.running_mean is None for norm in norms)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if requested(self.backend) == "reference" or not self._fusible():
@@ -170,6 +179,8 @@ def _stem_parts(
         for layer, kind in ((norm, nn.BatchNorm2d), (activation, nn.ReLU)):
             if not isinstance(layer, kind):
                 misfit = misfit or f"a {type(layer).__name__} in the place of a {kind.__name__}"
+        if not getattr(norm, "affine", True):
+            misfit = misfit or "a batch norm with affine=False"
         if misfit:
             raise TypeError(f"module: {expected}, got in stage {i} {misfit}")
     misfit = _misfit(projection, kernel_size=1, strides=(1,), bias=True)
@@ -191,7 +202,7 @@ def _misfit(conv: nn.Module, kernel_size: int, strides: Sequence[int], bias: boo
     """What keeps a layer from being a convolution of the stem, or None."""
     if not isinstance(conv, nn.Conv2d):
         return f"a {type(conv).__name__} in the place of a Conv2d"
-    expected = {
+    expected: dict[str, list[Any]] = {
         "kernel_size": [(kernel_size, kernel_size)],
         "stride": [(stride, stride) for stride in strides],
         "padding": [(kernel_size // 2, kernel_size // 2)],

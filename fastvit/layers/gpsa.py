@@ -9,16 +9,13 @@ from torch import Tensor, nn
 from fastvit import reference
 from fastvit.functional import gpsa_attention
 from fastvit.layers.children import dropout_rate, is_plain
+from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
 from fastvit.reference.arguments import check_tokens
 
 
 class GPSA(reference.GPSA):
-    __doc__ = (reference.GPSA.__doc__ or "").replace(
-        "        grid_size: (rows, columns) of the tokens; None takes a square.\n",
-        "        grid_size: (rows, columns) of the tokens; None takes a square.\n"
-        "        backend: see :mod:`fastvit.functional`.\n",
-    )
+    __doc__ = with_backend(reference.GPSA)
 
     def __init__(
         self,

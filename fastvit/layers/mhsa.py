@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from fastvit import reference
 from fastvit.functional import attention
 from fastvit.layers.children import dropout_rate, is_plain
+from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
 
 
 class MHSA(reference.MHSA):
-    __doc__ = (reference.MHSA.__doc__ or "").replace(
-        "\n\n    Shapes:", "\n        backend: see :mod:`fastvit.functional`.\n\n    Shapes:"
-    )
+    __doc__ = with_backend(reference.MHSA)
 
     def __init__(
         self,

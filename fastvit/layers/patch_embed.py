@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from fastvit import reference
 from fastvit.functional import patch_embed
 from fastvit.layers.children import is_plain
+from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
 
 
 class PatchEmbed(reference.PatchEmbed):
-    __doc__ = (reference.PatchEmbed.__doc__ or "").replace(
-        "\n\n    Shapes:", "\n        backend: see :mod:`fastvit.functional`.\n\n    Shapes:"
-    )
+    __doc__ = with_backend(reference.PatchEmbed)
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.models.classifier import TokenClassifier
-from fastvit.models.embed import to_pair
 from fastvit.models.layouts import Translation, translate
+from fastvit.reference.arguments import pair
 
 # Entries of a training checkpoint that hold the plain weights.
 _WEIGHT_ENTRIES = ("model", "state_dict", "model_state")
@@ -120,7 +119,11 @@ def _read(path_or_dict: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[s
             raise RuntimeError(
                 f"reading {path!r} needs the safetensors library: pip install safetensors"
             ) from error
-        return load_file(path)
+        try:
+            return load_file(path)
+        except Exception as error:
+            # The library has an exception class of its own, which names no path.
+            raise RuntimeError(f"{path!r} is no safetensors file: {error}") from error
     # Training scripts of the authors (and of DeiT) save their parsed arguments beside the
     # weights; a Namespace is a plain record, so admitting it keeps the reading safe.
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -129,10 +132,14 @@ def _read(path_or_dict: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[s
             checkpoint = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-        except pickle.UnpicklingError as error:
+        except OSError:
+            raise
+        except Exception as error:
+            # Text and truncated files make the reader of the old format raise almost anything.
             raise RuntimeError(
                 f"{path!r} is no file of torch.save, or holds objects besides tensors and plain "
-                f"containers; if you trust it, load it yourself and pass the state dict: {error}"
+                f"containers; if you trust it, load it yourself and pass the state dict: "
+                f"{type(error).__name__}: {error}"
             ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path!r} holds a {type(checkpoint).__name__}, expected a dict")
@@ -143,6 +150,9 @@ def _find_weights(
     checkpoint: Mapping[str, Any],
 ) -> tuple[str | None, Mapping[str, Any], list[str]]:
     """Find the state dict in a checkpoint: its entry, itself, and the entries left out."""
+    if not all(isinstance(key, str) for key in checkpoint):
+        keys = [key for key in checkpoint if not isinstance(key, str)]
+        raise ValueError(f"checkpoint: expected keys of type str, got {keys[:3]}")
     nested = [key for key in _WEIGHT_ENTRIES if isinstance(checkpoint.get(key), Mapping)]
     if len(nested) > 1:
         raise ValueError(f"checkpoint holds several sets of weights, {nested}: pass one of them")
@@ -172,7 +182,7 @@ def _resize_positions(
     num_prefix = model.pos_embed.shape[1] - math.prod(new_grid)
     num_patches = positions.shape[1] - num_prefix
     if grid_size is not None:
-        old_grid = to_pair(grid_size, "grid_size")
+        old_grid = pair(grid_size, "grid_size")
         if math.prod(old_grid) != num_patches:
             raise ValueError(
                 f"grid_size {old_grid} must hold the checkpoint's {num_patches} patch positions"

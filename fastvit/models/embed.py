@@ -11,18 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.layers import ConvStem
-
-
-def to_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    """Read an int, or a pair (height, width), of positive ints.
-
-    Raises:
-        ValueError: if ``value`` is anything else; the message names the argument ``name``.
-    """
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
-    return pair[0], pair[1]
+from fastvit.reference.arguments import pair
 
 
 class Geometry(NamedTuple):
@@ -45,7 +34,7 @@ def divide_image(img_size: int | Sequence[int], patch_size: int | Sequence[int])
     Raises:
         ValueError: if a size is malformed or the image is not divisible by the patch.
     """
-    image, patch = to_pair(img_size, "img_size"), to_pair(patch_size, "patch_size")
+    image, patch = pair(img_size, "img_size"), pair(patch_size, "patch_size")
     if image[0] % patch[0] or image[1] % patch[1]:
         raise ValueError(f"img_size {image} must be divisible by the patch size {patch}")
     return Geometry(image, patch, (image[0] // patch[0], image[1] // patch[1]))

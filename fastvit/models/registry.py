@@ -104,7 +104,7 @@ def create_model(
         global_pool: ``"token"``, ``"avg"`` or ``""``.
         backend: backend of the layers; None follows ``fastvit.set_backend``.
         **kwargs: any other argument of ``ConViT`` or ``VisionTransformer``; wins over what the
-            name stands for (``depth=2``, say).
+            name stands for (``mlp_ratio=3``, say).
 
     Returns:
         A ``ConViT`` for ``convit_*``, a ``VisionTransformer`` otherwise, in training mode.

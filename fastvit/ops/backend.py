@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -47,12 +48,22 @@ def checked(name: str, what: str = "backend") -> str:
     return name
 
 
+class _ThreadOverride(threading.local):
+    """What :func:`backend` asks for in the thread that entered it."""
+
+    name: str | None = None
+
+
+_override = _ThreadOverride()
+
 # Shells spell "unset" as the empty string, too.
 _default = checked(os.environ.get("FASTVIT_BACKEND") or AUTO, "FASTVIT_BACKEND")
 
 
 def set_backend(name: str) -> None:
     """Set the backend of every call of this process that does not name one.
+
+    Inside a ``with fastvit.backend(...)`` block, of the calls of this thread until its end.
 
     Args:
         name: "auto", "reference", "torch", "triton" or "native". At start it is the environment
@@ -62,25 +73,36 @@ def set_backend(name: str) -> None:
         ValueError: ``name`` is unknown.
     """
     global _default
-    _default = checked(name)
+    if _override.name is None:
+        _default = checked(name)
+    else:
+        _override.name = checked(name)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """:func:`set_backend` for the duration of a ``with`` block; a backward pass keeps the
-    backend of its forward.
+    """Choose the backend for the duration of a ``with`` block, in this thread.
+
+    A backward pass keeps the backend of its forward.
+
+    Raises:
+        ValueError: ``name`` is unknown.
     """
-    previous = _default
-    set_backend(name)
+    previous = _override.name
+    _override.name = checked(name)
     try:
         yield
     finally:
-        set_backend(previous)
+        _override.name = previous
 
 
 def requested(name: str | None) -> str:
-    """The backend that a call asks for: its argument, else the default of the process."""
-    return _default if name is None else checked(name)
+    """The backend that a call asks for: its argument, else that of the enclosing ``with``, else
+    the default of the process.
+    """
+    if name is not None:
+        return checked(name)
+    return _default if _override.name is None else _override.name
 
 
 def refusal(call: Call, name: str) -> str | None:

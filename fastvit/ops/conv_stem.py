@@ -20,6 +20,7 @@ from fastvit.ops.library import (
     loop_over_batch,
     masked,
     register,
+    register_gradient,
 )
 from fastvit.ops.tokens import wide
 
@@ -54,7 +55,7 @@ def _fake_forward(
     N = shapes[-1][2] * shapes[-1][3] + int(cls_token is not None)
     tokens = proj_weight.new_empty(x.shape[0], N, proj_weight.shape[0])
     raw = [channels_last(proj_weight.new_empty(shape)) for shape in shapes] if save else []
-    channels = [shape[1] for shape in shapes] if training else []
+    channels = [shape[1] for shape in shapes] if training or save else []
     means = [proj_weight.new_empty(c, dtype=wide(proj_weight.dtype)) for c in channels]
     return tokens, raw, means, [torch.empty_like(mean) for mean in means]
 
@@ -102,7 +103,7 @@ class Config(NamedTuple):
     std: Floats
     backend: str
 
-    def split(self, tensors: Tensors) -> list[list[Tensor]]:
+    def split(self, tensors: Sequence[Any]) -> list[list[Any]]:
         """Lists of one tensor a stage."""
         n = len(self.strides)
         return [list(tensors[i : i + n]) for i in range(0, len(tensors), n)]
@@ -114,8 +115,9 @@ class Config(NamedTuple):
 
 def _forward_op(config: Config, *args: Any, save: bool = False) -> tuple[Tensor, ...]:
     """(x, proj_weight, proj_bias, pos_embed, cls_token, *stage tensors) to the tokens, then the
-    raw tensors if they are to be saved, then the batch statistics in training. The stage tensors
-    are weights, bn_weights, bn_biases and, in eval only, running means and variances.
+    raw tensors if they are to be saved, then the means and variances that the batch norms used,
+    in training or if they are to be saved. The stage tensors are weights, bn_weights, bn_biases
+    and, in eval only, running means and variances.
     """
     lists = config.split(args[5:])
     if config.training:
@@ -160,12 +162,10 @@ class _ConvStem(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         ctx.config, *args = inputs
-        n = len(ctx.config.strides)
-        learned, running = args[: 5 + 3 * n], args[5 + 3 * n :]
-        raw, batch = output[1 : 1 + n], output[1 + n :]
-        ctx.mark_non_differentiable(*raw, *batch)
-        ctx.save_for_backward(*learned, *raw, *(batch if ctx.config.training else running))
-        ctx.constants = len(running)
+        learned = 5 + 3 * len(ctx.config.strides)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*args[:learned], *output[1:])
+        ctx.constants = len(args) - learned
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -178,8 +178,29 @@ class _ConvStem(torch.autograd.Function):
         return loop_over_batch(_ConvStem.apply, info.batch_size, in_dims, args)
 
 
+def _save_of_bare_op(ctx: Any, inputs: Any, output: Any) -> None:
+    arguments, lists, options = inputs[:5], inputs[5:10], inputs[10:]
+    strides, training, eps, mean, std, save, backend = options
+    if not save:
+        raise RuntimeError("fastvit: the stem was called without saving for a backward")
+    ctx.config = Config(tuple(strides), training, eps, mean, std, backend)
+    _tokens, *kept = output
+    ctx.save_for_backward(*arguments, *(t for tensors in (*lists[:3], *kept) for t in tensors))
+    ctx.running = tuple(len(tensors) for tensors in lists[3:])
+
+
+def _backward_of_bare_op(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    wanted = [*needs[:5], *(need for needs_of_list in needs[5:8] for need in needs_of_list)]
+    found = masked(wanted, _backward(ctx.config, wanted, grad, *ctx.saved_tensors))
+    running = ([None] * count for count in ctx.running)
+    return *found[:5], *ctx.config.split(found[5:]), *running, *[None] * 7
+
+
+register_gradient("_conv_stem_forward", _backward_of_bare_op, _save_of_bare_op)
+
 #: (config, x, proj_weight, proj_bias, pos_embed, cls_token, *stage tensors) -> the tokens, then
-#: what else the op returns; in training the last 2 n are the batch means and biased variances.
+#: what else the op returns, the last 2 n of it the batch means and biased variances in training.
 conv_stem = differentiable(_ConvStem)(_forward_op)
 
 

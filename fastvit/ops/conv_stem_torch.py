@@ -38,7 +38,14 @@ class Stages(NamedTuple):
 
 
 def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    """(B, C, H, W) with C innermost in memory, copied only if it is not.
+
+    Not ``contiguous(memory_format=...)``, which leaves tensors of one channel or one pixel with
+    the strides that they have.
+    """
+    _, C, H, W = x.shape
+    strides = (H * W * C, 1, W * C, C)
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
@@ -65,6 +72,11 @@ def _normalize(
     return F.batch_norm(raw, mean, variance, gamma, beta, training=False, eps=eps).relu_()
 
 
+def _copied(running: Tensor) -> Tensor:
+    """Running statistics as they are now: a later training step changes the buffers in place."""
+    return running.to(wide(running.dtype), copy=True)
+
+
 def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of channels_last (B, C, H, W), in float32."""
     rows = _token_rows(raw).flatten(0, 1)
@@ -77,7 +89,11 @@ def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Forward(NamedTuple):
-    """The tokens, and what the backward and the running statistics need."""
+    """The tokens, and what the backward and the running statistics need.
+
+    ``means`` and ``variances`` are those that the batch norms used; they and ``raw`` are empty
+    where nothing needs them.
+    """
 
     tokens: Tensor
     raw: list[Tensor]
@@ -108,14 +124,15 @@ def forward(
         for i, (weight, gamma, beta, stride) in enumerate(
             zip(stages.weights, stages.bn_weights, stages.bn_biases, stages.strides, strict=True)
         ):
-            y = F.conv2d(x, channels_last(weight), stride=stride, padding=1)
+            # A convolution of one channel answers in another layout.
+            y = channels_last(F.conv2d(x, channels_last(weight), stride=stride, padding=1))
             if training:
-                statistics = _batch_statistics(y)
-                means.append(statistics[0])
-                variances.append(statistics[1])
+                mean_i, variance_i = _batch_statistics(y)
             else:
-                statistics = stages.means[i], stages.variances[i]
-            x = _normalize(y, gamma, beta, *statistics, eps)
+                mean_i, variance_i = _copied(stages.means[i]), _copied(stages.variances[i])
+            means.append(mean_i)
+            variances.append(variance_i)
+            x = _normalize(y, gamma, beta, mean_i, variance_i, eps)
             if save:
                 raw.append(y)
     tokens = F.linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
@@ -159,13 +176,15 @@ def backward(
     dproj_bias = None
     if proj_bias is not None:
         dproj_bias = dtokens.sum(0, dtype=wide(dtokens.dtype)).to(proj_bias.dtype)
-    dy = (dtokens @ proj_weight.flatten(1)).view(_token_rows(y).shape)
-    dy = dy.unflatten(1, (y.shape[2], y.shape[3])).permute(0, 3, 1, 2)
 
-    dweights: list[Tensor] = []
-    dgammas: list[Tensor] = []
-    dbetas: list[Tensor] = []
-    for i in reversed(range(depth)):
+    wanted_stages = [any(wanted[5 + i :: depth]) for i in range(depth)]
+    # Frozen stages below the first that is learned cost nothing.
+    first = 0 if wanted[0] else (wanted_stages.index(True) if any(wanted_stages) else depth)
+    gradients: list[tuple[Tensor | None, ...]] = [(None, None, None)] * depth
+    dy = (dtokens @ proj_weight.flatten(1)).view(_token_rows(y).shape) if first < depth else y
+    if first < depth:
+        dy = dy.unflatten(1, (y.shape[2], y.shape[3])).permute(0, 3, 1, 2)
+    for i in reversed(range(first, depth)):
         draw, dgamma, dbeta = _batch_norm_backward(
             dy.mul_(y > 0), raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
             training, eps,
@@ -174,11 +193,15 @@ def backward(
         weight, stride = channels_last(stages.weights[i]), [stages.strides[i]] * 2
         dy, dweight, _ = torch.ops.aten.convolution_backward(
             draw, y, weight, None, stride, [1, 1], [1, 1], False, [0, 0], 1,
-            [i > 0 or wanted[0], True, False],
+            [i > first or wanted[0], wanted[5 + i], False],
         )  # fmt: skip
-        dweights.insert(0, dweight.contiguous())
-        dgammas.insert(0, dgamma.to(stages.bn_weights[i].dtype))
-        dbetas.insert(0, dbeta.to(stages.bn_biases[i].dtype))
+        dweight = dweight.contiguous() if wanted[5 + i] else None
+        gradients[i] = (
+            dweight,
+            dgamma.to(stages.bn_weights[i].dtype),
+            dbeta.to(stages.bn_biases[i].dtype),
+        )
+    dweights, dgammas, dbetas = zip(*gradients, strict=True)
     dimage = dy.contiguous() if wanted[0] else None
     results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
     return picked(wanted, results)

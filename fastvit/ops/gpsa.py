@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastvit.ops.backend import Call, choose
-from fastvit.ops.library import SingleBackward, differentiable, register
+from fastvit.ops.library import SingleBackward, differentiable, register, register_gradient
 from fastvit.ops.sdpa import attention, attention_with_gradients
 
 
@@ -67,7 +67,8 @@ def _along_y(factor: Tensor, x: Tensor) -> Tensor:
 def _like_heads(q: Tensor) -> Tensor:
     """An empty (B, H, N, d) whose memory is (B, N, H, d), so that merging heads is a view."""
     B, H, N, d = q.shape
-    return q.new_empty(B, N, H, d).transpose(1, 2)
+    # Not a transposed view, which the caller could not modify in place.
+    return q.new_empty_strided((B, H, N, d), (N * H * d, d, H * d, 1))
 
 
 def _in_heads_layout(x: Tensor) -> Tensor:
@@ -119,11 +120,16 @@ def _torch_backward(
     w = _along_x(px, v_grid)
     y = _along_y(py.mT, grad_grid)
     dv_position = _along_x((gate_map * factors.px).mT.to(v.dtype), y)
-    grad_py = (grad_grid.flatten(3) @ w.flatten(3).mT).sum(0, dtype=wide)
-    grad_px = (y @ v_grid.mT).sum((0, 2), dtype=wide)
+    # float16 would overflow in sums over a line of the grid, which bfloat16 only rounds.
+    summed = wide if q.dtype == torch.float16 else q.dtype
+    grad_summed = grad.to(summed)
+    grad_lines = _on_grid(grad_summed, grid_size).flatten(3)
+    grad_py = (grad_lines @ w.to(summed).flatten(3).mT).sum(0, dtype=wide)
+    grad_px = (y.to(summed) @ v_grid.to(summed).mT).sum((0, 2), dtype=wide)
 
     # dγ = g (1 - g) Σ dO · (Op - Oc), where Σ dO · Op = Σ Py · grad_py comes for free.
-    moved = (factors.py * grad_py).sum((1, 2)) - (grad * content).sum((0, 2, 3), dtype=wide)
+    moved = (factors.py * grad_py).sum((1, 2))
+    moved = moved - (grad_summed * content).sum((0, 2, 3), dtype=wide)
     dgating = gate * (1.0 - gate) * moved
 
     # Softmax backward on (H, side, side), then the coefficients of the logits.
@@ -269,6 +275,8 @@ class _GPSA(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         return _over_more_heads(_GPSA.apply, _INPUTS, ("q",), info, in_dims, args)
 
+
+register_gradient("_gpsa_forward", _GPSA.backward, _GPSA.setup_context)
 
 #: (q, k, v, pos_weight, gating_param, rows, columns, scale, backend) -> (B, H, N, d)
 gpsa = differentiable(_GPSA)(_gpsa_forward)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registration of the private ops ``torch.ops.fastvit._*`` and what every op needs around it.
 
-The ops are opaque to tracing and carry no gradient: an ``autograd.Function`` around each gives
-it one, since only that form passes ``torch.compile``, ``torch.export``, ``torch.func`` and
-``vmap`` alike. Call the functions of :mod:`fastvit.functional`, never a bare op.
+The ops are opaque to tracing. An ``autograd.Function`` around each gives it its gradient, since
+only that form passes ``torch.compile``, ``torch.func`` and ``vmap`` alike; an exported program
+holds the bare op, which is given the same gradient by :func:`register_gradient`. Call the
+functions of :mod:`fastvit.functional`, never a bare op.
 """
 
 from __future__ import annotations
@@ -36,9 +37,38 @@ def register(schema: str, fake: Callable[..., Any]) -> Callable[[F], Any]:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, _isolated(implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.fastvit, name).default
+        return _BelowAutograd(getattr(torch.ops.fastvit, name).default)
 
     return decorate
+
+
+class _BelowAutograd:
+    """An op without the kernel of :func:`register_gradient`, which costs 3 µs a call: the
+    Function around the op has done its work.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self._op = op
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._op(*args)
+
+
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Give the bare op ``name`` the gradient of the Function around it.
+
+    Args:
+        name: of the op, without its namespace.
+        backward, setup_context: as of an ``autograd.Function`` whose arguments are the op's.
+    """
+    torch.library.register_autograd(
+        f"fastvit::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
 
 
 def _isolated(implementation: F) -> F:

@@ -18,6 +18,7 @@ from fastvit.ops.library import (
     masked,
     picked,
     register,
+    register_gradient,
 )
 from fastvit.ops.tokens import token_gradients, wide
 from fastvit.ops.uint8_fold import fold_constants, fold_uint8
@@ -38,6 +39,20 @@ def _rows(patches: Tensor) -> Tensor:
     return patches.flatten(3).flatten(1, 2)
 
 
+def _pixel_unit(dtype: torch.dtype) -> float:
+    """What pixels count in. W / (255 std) can be subnormal in float16, where 1 / 256 costs
+    nothing: the pixels stay exact.
+    """
+    return 1 / 256 if dtype == torch.float16 else 1.0
+
+
+def _centred(patches: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 patches minus the offset of their channel, in pixel units; exact."""
+    centred = patches - offset.to(dtype)
+    unit = _pixel_unit(dtype)
+    return centred if unit == 1.0 else centred.mul_(unit)
+
+
 def _torch_forward(
     images: Tensor,
     weight: Tensor,
@@ -51,8 +66,9 @@ def _torch_forward(
     dtype = weight.dtype
     if images.dtype == torch.uint8:
         weight, bias, offset = fold_uint8(weight, bias, mean, std)
-        weight, bias = weight.to(dtype), bias.to(dtype)
-        patches = patches - offset.to(dtype)
+        unit = _pixel_unit(dtype)
+        weight, bias = (weight / unit).to(dtype), bias.to(dtype)
+        patches = _centred(patches, offset, dtype)
     x = F.linear(_rows(patches), weight.flatten(1), bias)
     return assemble_tokens(x, pos_embed, cls_token)
 
@@ -95,8 +111,8 @@ def _weight_gradient(
         return (dx.mT @ _rows(patches).flatten(0, 1)).view(weight.shape)
     # The folded bias depends on the weight too: its share is dbias times the shift.
     offset, shift, scale = fold_constants(mean, std, weight)
-    centred = _rows(patches - offset.to(weight.dtype)).flatten(0, 1)
-    dweight = (dx.mT @ centred).view(weight.shape).to(scale.dtype)
+    centred = _rows(_centred(patches, offset, weight.dtype)).flatten(0, 1)
+    dweight = (dx.mT @ centred).view(weight.shape).to(scale.dtype) / _pixel_unit(weight.dtype)
     assert dbias is not None
     return ((dweight + dbias.view(-1, 1, 1, 1) * shift) / scale).to(weight.dtype)
 
@@ -179,6 +195,8 @@ class _PatchEmbed(torch.autograd.Function):
             return out.unflatten(0, images.shape[:2]), 0
         return loop_over_batch(_PatchEmbed.apply, info.batch_size, in_dims, args)
 
+
+register_gradient("_patch_embed_forward", _PatchEmbed.backward, _PatchEmbed.setup_context)
 
 #: (images, weight, bias, pos_embed, cls_token, mean, std, backend) -> (B, N[+1], D)
 patch_embed = differentiable(_PatchEmbed)(_patch_embed_forward)

@@ -7,7 +7,12 @@ these definitions and no others.
 """
 
 from fastvit.reference.conv_stem import ConvBNReLU, ConvStage, ConvStem, Projection, conv_stem
-from fastvit.reference.gpsa import GPSA, gpsa_attention, gpsa_attention_map, relative_positions
+from fastvit.reference.gpsa import (
+    GPSA,
+    gpsa_attention,
+    mixed_attention_map,
+    relative_positions,
+)
 from fastvit.reference.mhsa import MHSA, attention, attention_map
 from fastvit.reference.patch_embed import (
     PatchEmbed,
@@ -30,7 +35,7 @@ __all__ = [
     "attention_map",
     "conv_stem",
     "gpsa_attention",
-    "gpsa_attention_map",
+    "mixed_attention_map",
     "normalize_images",
     "patch_embed",
     "relative_positions",

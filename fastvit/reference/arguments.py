@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of arguments that the modules and the functions share."""
+"""Checks of arguments that modules, functions and models share.
+
+Each raises before anything is computed, with what was expected and what came.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """(height, width) of a size given as one positive int or two.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    sides = (value, value) if isinstance(value, int) else value
+    is_pair = isinstance(sides, (tuple, list, torch.Size)) and len(sides) == 2
+    # Under export with dynamic shapes the sides are symbolic, and no instances of int.
+    if not is_pair or not all(isinstance(s, (int, torch.SymInt)) and s > 0 for s in sides):
+        raise ValueError(f"{name}: expected a positive int or a pair of them, got {value!r}")
+    return sides[0], sides[1]
 
 
 def check_grid(grid_size: object) -> tuple[int, int]:
@@ -23,16 +33,13 @@ def check_grid(grid_size: object) -> tuple[int, int]:
     Raises:
         ValueError: it is something else.
     """
-    if isinstance(grid_size, (tuple, list)) and len(grid_size) == 2:
-        rows, columns = grid_size
-        # Under export with dynamic shapes the sides are symbolic, and no instances of int.
-        if all(isinstance(side, (int, torch.SymInt)) and side > 0 for side in grid_size):
-            return rows, columns
-    raise ValueError(f"grid_size: expected a pair of positive ints, got {grid_size!r}")
+    if isinstance(grid_size, int):
+        raise ValueError(f"grid_size: expected a pair of positive ints, got {grid_size!r}")
+    return pair(grid_size, "grid_size")  # type: ignore[arg-type]
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raises ValueError unless ``num_heads`` is positive and divides ``dim``."""
+    """Raise ValueError unless ``num_heads`` is positive and divides ``dim``."""
     if num_heads <= 0 or dim % num_heads:
         raise ValueError(
             f"dim, num_heads: expected dim to be a multiple of num_heads > 0, "
@@ -41,14 +48,54 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 def check_probability(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is in [0, 1]."""
+    """Raise ValueError unless ``value`` is in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
 
 
 def check_tokens(x: Tensor, dim: int) -> None:
-    """Raises ValueError unless ``x`` is (B, N, dim), and TypeError unless it is floating."""
+    """Raise ValueError unless ``x`` is (B, N, dim), and TypeError unless it is floating."""
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"x: expected shape (B, N, {dim}), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+
+
+def check_images(name: str, images: Tensor, channels: int) -> None:
+    """Raise ValueError unless ``images`` is (B, channels, H, W), and TypeError unless it is
+    floating or uint8.
+    """
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"{name}: expected (B, {channels}, H, W) with {channels} channels, "
+            f"got shape {tuple(images.shape)}"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype or uint8, got {images.dtype}")
+
+
+def check_normalization(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> None:
+    """Raise ValueError unless ``mean`` and ``std`` are both None or ``channels`` floats each,
+    ``std`` without a 0.
+    """
+    if mean is None and std is None:
+        return
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} floats, one per channel, got {values}")
+    if std is not None and any(float(value) == 0 for value in std):
+        raise ValueError(f"std: expected no 0, got {std}")
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a layer computes in: of its weight, which may be wrapped or sharded, else of
+    its first floating tensor.
+    """
+    weight = getattr(module, "weight", None)
+    tensors = () if weight is None else (weight,)
+    for tensor in chain(tensors, module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.reference.arguments import check_images, check_normalization, floating_dtype
 from fastvit.reference.patch_embed import assemble_tokens, normalize_images
 
 
@@ -130,7 +131,9 @@ class ConvStem(nn.Sequential):
     ``{i}.bn.*`` and, of the last, ``{n}.conv.weight``, ``{n}.conv.bias``.
 
     Raises:
-        ValueError: ``channels`` and ``strides`` differ in length, or a stride is neither 1 nor 2.
+        ValueError: ``channels`` and ``strides`` differ in length or are empty, a stride is
+            neither 1 nor 2, or mean and std do not fit; at the call, images with other channels.
+        TypeError: at the call, images neither floating nor uint8.
     """
 
     def __init__(
@@ -154,8 +157,12 @@ class ConvStem(nn.Sequential):
                 "channels, strides: expected the same length, "
                 f"got {len(channels)} channels and {len(strides)} strides"
             )
+        if not channels:
+            raise ValueError("channels: expected at least one stage, got none")
+        check_normalization(mean, std, in_chans)
         if any(stride not in (1, 2) for stride in strides):
             raise ValueError(f"strides: expected 1 or 2 each, got {tuple(strides)}")
+        self.in_chans = in_chans
         self.flatten = flatten
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
@@ -178,9 +185,9 @@ class ConvStem(nn.Sequential):
         return cast(Projection, self[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        # The projection may be an adapter around a convolution.
-        dtype = next(self.projection.parameters()).dtype
-        x = normalize_images(x, self.mean, self.std, dtype)
+        check_images("x", x, self.in_chans)
+        if x.dtype == torch.uint8:
+            x = normalize_images(x, self.mean, self.std, floating_dtype(self.projection.conv))
         for layer in self:
             x = layer(x)
         return x.flatten(2).transpose(1, 2) if self.flatten else x

@@ -39,33 +39,20 @@ def relative_positions(
     return torch.stack((dx, dy, dx**2 + dy**2), dim=-1)[None].to(dtype)
 
 
-def gpsa_attention_map(
-    q: Tensor,
-    k: Tensor,
-    pos_weight: Tensor,
-    gating_param: Tensor,
-    grid_size: tuple[int, int],
-    *,
-    scale: float | None = None,
-    pos_bias: Tensor | None = None,
+def mixed_attention_map(
+    q: Tensor, k: Tensor, position: Tensor, gating_param: Tensor, *, scale: float
 ) -> Tensor:
     """The gated mixture of content and position attention, equation 7 of the paper.
 
     Args:
         q, k: (B, H, N, d).
-        pos_weight: (H, 3), on (dx, dy, dx**2 + dy**2).
+        position: (B, N, N, H), positional scores before the softmax over the keys.
         gating_param: (H,), before the sigmoid.
-        grid_size: (rows, columns) with rows * columns == N.
-        scale: of the content scores; ``d ** -0.5`` when None.
-        pos_bias: (H,), which the softmax cancels.
+        scale: of the content scores.
 
     Returns:
         (B, H, N, N), rows summing to one.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    positions = relative_positions(grid_size, q.device, pos_weight.dtype)
-    # The projection is evaluated for every image of the batch, as the authors and timm do.
-    position = F.linear(positions.expand(q.shape[0], -1, -1, -1), pos_weight, pos_bias)
     position = position.permute(0, 3, 1, 2).softmax(dim=-1)
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
     gate = torch.sigmoid(gating_param).view(1, -1, 1, 1)
@@ -84,16 +71,16 @@ def gpsa_attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    pos_bias: Tensor | None = None,
 ) -> Tensor:
     """GPSA of given queries, keys and values, through the N x N maps.
 
-    Takes what :func:`fastvit.functional.gpsa_attention` takes, and ``pos_bias`` (H,).
-    Returns (B, H, N, d).
+    Takes what :func:`fastvit.functional.gpsa_attention` takes. Returns (B, H, N, d).
     """
-    attn = gpsa_attention_map(
-        q, k, pos_weight, gating_param, grid_size, scale=scale, pos_bias=pos_bias
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    positions = relative_positions(grid_size, q.device, pos_weight.dtype)
+    # The projection is evaluated for every image of the batch, as the authors and timm do.
+    position = F.linear(positions.expand(q.shape[0], -1, -1, -1), pos_weight)
+    attn = mixed_attention_map(q, k, position, gating_param, scale=scale)
     # The position parameters, and softmax under autocast, may be wider than the values.
     return F.dropout(attn, dropout_p, training=dropout_p > 0.0).to(v.dtype) @ v
 
@@ -196,7 +183,8 @@ class GPSA(nn.Module):
                     f"got {rows} * {columns} = {rows * columns}"
                 )
             return rows, columns
-        side = math.isqrt(num_patches)
+        # Not math.isqrt, which torch.compile cannot trace for a symbolic number of patches.
+        side = int(num_patches**0.5)
         if side * side != num_patches:
             raise ValueError(
                 f"grid_size: N = {num_patches} is no square, so the grid must be given as "
@@ -207,7 +195,8 @@ class GPSA(nn.Module):
     def get_rel_indices(self, num_patches: int, grid_size: tuple[int, int] | None = None) -> Tensor:
         """Relative positions (1, N, N, 3), made on demand in the dtype of the parameters."""
         grid = self.resolve_grid_size(num_patches, grid_size)
-        return relative_positions(grid, self.qk.weight.device, self.qk.weight.dtype)
+        # Of this parameter, since a Linear may be wrapped by an adapter.
+        return relative_positions(grid, self.gating_param.device, self.gating_param.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, n * dim) to (n, B, H, N, d), or to (B, H, N, d) for n = 1, without a copy."""
@@ -221,15 +210,9 @@ class GPSA(nn.Module):
         """The exact mixed attention map (B, H, N, N) of ``x`` (B, N, dim)."""
         check_tokens(x, self.dim)
         q, k = self._heads(self.qk(x)).unbind(0)
-        attn = gpsa_attention_map(
-            q,
-            k,
-            self.pos_proj.weight,
-            self.gating_param,
-            self.resolve_grid_size(x.shape[1], grid_size),
-            scale=self.scale,
-            pos_bias=self.pos_proj.bias,
-        )
+        positions = self.get_rel_indices(x.shape[1], grid_size).expand(x.shape[0], -1, -1, -1)
+        position = self.pos_proj(positions)
+        attn = mixed_attention_map(q, k, position, self.gating_param, scale=self.scale)
         return self.attn_drop(attn)
 
     def get_attention_map(

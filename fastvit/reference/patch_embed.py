@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.reference.arguments import pair
+from fastvit.reference.arguments import (
+    check_images,
+    check_normalization,
+    floating_dtype,
+    pair,
+)
 
 OUTPUT_FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
@@ -107,8 +112,10 @@ class PatchEmbed(nn.Module):
     Shapes: images (B, C, H, W), floating or uint8. Parameters: ``proj`` (D, C, ph, pw), ``norm``.
 
     Raises:
-        ValueError: an unknown ``output_fmt``; at the call, an image of the wrong size or one
-            that does not divide into patches.
+        ValueError: an unknown ``output_fmt``, a size that is not positive, mean and std that do
+            not fit; at the call, an image of the wrong size or with other channels, or one that
+            does not divide into patches.
+        TypeError: at the call, images neither floating nor uint8.
     """
 
     def __init__(
@@ -135,7 +142,9 @@ class PatchEmbed(nn.Module):
             raise ValueError(
                 f"output_fmt: expected one of {', '.join(OUTPUT_FORMATS)}, got {output_fmt!r}"
             )
-        self.patch_size = pair(patch_size)
+        check_normalization(mean, std, in_chans)
+        self.in_chans = in_chans
+        self.patch_size = pair(patch_size, "patch_size")
         self._set_img_size(img_size)
         self.flatten = flatten and output_fmt is None
         self.output_fmt = "NCHW" if output_fmt is None else str(output_fmt)
@@ -154,7 +163,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim, **factory) if norm_layer else nn.Identity()
 
     def _set_img_size(self, img_size: int | tuple[int, int] | None) -> None:
-        self.img_size = None if img_size is None else pair(img_size)
+        self.img_size = None if img_size is None else pair(img_size, "img_size")
         self.grid_size: tuple[int, int] | None = None
         self.num_patches: int | None = None
         if self.img_size is not None:
@@ -168,8 +177,8 @@ class PatchEmbed(nn.Module):
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Change the image size, or the patch size by resampling the kernels."""
-        if patch_size is not None and pair(patch_size) != self.patch_size:
-            self.patch_size = pair(patch_size)
+        if patch_size is not None and pair(patch_size, "patch_size") != self.patch_size:
+            self.patch_size = pair(patch_size, "patch_size")
             weight = resample_patch_weight(self.proj.weight.detach(), self.patch_size)
             requires_grad = self.proj.weight.requires_grad
             self.proj.weight = nn.Parameter(weight, requires_grad=requires_grad)
@@ -188,8 +197,7 @@ class PatchEmbed(nn.Module):
         return height // ph, width // pw
 
     def _check_size(self, images: Tensor) -> None:
-        if images.ndim != 4:
-            raise ValueError(f"images: expected (B, C, H, W), got shape {tuple(images.shape)}")
+        check_images("images", images, self.in_chans)
         size, (ph, pw) = (images.shape[-2], images.shape[-1]), self.patch_size
         if self.img_size is not None and self.strict_img_size and size != self.img_size:
             raise ValueError(
@@ -203,9 +211,9 @@ class PatchEmbed(nn.Module):
             )
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """uint8 images in the dtype of the projection, which may be an adapter around one."""
-        dtype = next(self.proj.parameters()).dtype
-        return normalize_images(images, self.mean, self.std, dtype)
+        if images.dtype != torch.uint8:
+            return images
+        return normalize_images(images, self.mean, self.std, floating_dtype(self.proj))
 
     def _pad(self, images: Tensor) -> Tensor:
         """Check the size and pad to whole patches; padding normalises uint8 images first."""
