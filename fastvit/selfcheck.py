@@ -50,7 +50,9 @@ def checked(status: BackendStatus) -> BackendStatus:
     if not status.available or status.backend == "reference" or status.op not in _CASES:
         return status
     try:
-        results = list(compare(status.op, status.backend))
+        # Building a layer draws weights, which the caller's random numbers must not feel.
+        with torch.random.fork_rng(devices=[]):
+            results = list(compare(status.op, status.backend))
     except Exception as error:  # whatever a kernel or its compiler raises is the finding
         failure = f"FAILED with {type(error).__name__}: {error}"
         return dataclasses.replace(status, checks=(failure,), agrees=False)
