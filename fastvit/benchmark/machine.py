@@ -67,7 +67,7 @@ def this_machine(device: torch.device, *, checkout: Path | None = None) -> Machi
         cuda=torch.version.cuda if cuda else None,
         tf32=_tf32() if cuda else None,
         python=platform.python_version(),
-        platform=platform.platform(terse=True),
+        platform=" ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
         versions=_versions(),
         commit=_commit(checkout) if checkout else None,
     )

@@ -64,12 +64,22 @@ def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
 
 
 def _normalize(
-    raw: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float
+    raw: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """relu(batch_norm(raw)) with given statistics; parameters and statistics in float32."""
+    """relu(batch_norm(raw)) with given statistics, computed in float32; may use ``out``."""
     dtype = wide(raw.dtype)
     mean, variance, gamma, beta = (t.to(dtype) for t in (mean, variance, gamma, beta))
-    return F.batch_norm(raw, mean, variance, gamma, beta, training=False, eps=eps).relu_()
+    if raw.dtype != dtype:
+        return F.batch_norm(raw, mean, variance, gamma, beta, training=False, eps=eps).relu_()
+    scale = gamma * torch.rsqrt(variance + eps)
+    shift = beta - mean * scale
+    return torch.addcmul(shift[:, None, None], raw, scale[:, None, None], out=out).relu_()
 
 
 def _copied(running: Tensor) -> Tensor:
@@ -77,14 +87,16 @@ def _copied(running: Tensor) -> Tensor:
     return running.to(wide(running.dtype), copy=True)
 
 
-def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of channels_last (B, C, H, W), in float32."""
-    rows = _token_rows(raw).flatten(0, 1)
-    if rows.shape[0] == 0:
-        # What PyTorch's batch norm makes of an empty batch, without the warning of var_mean.
-        unknown = raw.new_full(rows.shape[1:], float("nan"), dtype=wide(raw.dtype))
-        return unknown, unknown.clone()
-    variance, mean = torch.var_mean(rows.to(wide(raw.dtype)), dim=0, correction=0)
+def _batch_statistics(raw: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of channels_last (B, C, H, W), in float32.
+
+    ``out``, in float32, is overwritten. In two passes by hand: a CPU takes six times as long for
+    ``torch.var_mean`` along this axis, and the one pass of its batch norm costs a digit. An empty
+    batch gives NaN, as PyTorch's does.
+    """
+    count = raw.numel() // raw.shape[1]
+    mean = raw.sum((0, 2, 3), dtype=out.dtype) / count
+    variance = torch.sub(raw, mean[:, None, None], out=out).square_().sum((0, 2, 3)) / count
     return mean, variance
 
 
@@ -126,13 +138,14 @@ def forward(
         ):
             # A convolution of one channel answers in another layout.
             y = channels_last(F.conv2d(x, channels_last(weight), stride=stride, padding=1))
+            buffer = torch.empty_like(y, dtype=wide(y.dtype))
             if training:
-                mean_i, variance_i = _batch_statistics(y)
+                mean_i, variance_i = _batch_statistics(y, out=buffer)
             else:
                 mean_i, variance_i = _copied(stages.means[i]), _copied(stages.variances[i])
             means.append(mean_i)
             variances.append(variance_i)
-            x = _normalize(y, gamma, beta, mean_i, variance_i, eps)
+            x = _normalize(y, gamma, beta, mean_i, variance_i, eps, out=buffer)
             if save:
                 raw.append(y)
     tokens = F.linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
@@ -172,37 +185,40 @@ def backward(
 
     depth = len(raw)
     y = activation(depth - 1)
-    dproj = (dtokens.mT @ _token_rows(y).flatten(0, 1)).view(proj_weight.shape)
+    rows = _token_rows(y)
+    dproj = (dtokens.mT @ rows.flatten(0, 1)).view(proj_weight.shape)
     dproj_bias = None
     if proj_bias is not None:
         dproj_bias = dtokens.sum(0, dtype=wide(dtokens.dtype)).to(proj_bias.dtype)
 
-    wanted_stages = [any(wanted[5 + i :: depth]) for i in range(depth)]
+    learned = [any(wanted[5 + i :: depth]) for i in range(depth)]
     # Frozen stages below the first that is learned cost nothing.
-    first = 0 if wanted[0] else (wanted_stages.index(True) if any(wanted_stages) else depth)
+    first = 0 if wanted[0] else (learned.index(True) if any(learned) else depth)
     gradients: list[tuple[Tensor | None, ...]] = [(None, None, None)] * depth
-    dy = (dtokens @ proj_weight.flatten(1)).view(_token_rows(y).shape) if first < depth else y
+    dy = None
     if first < depth:
-        dy = dy.unflatten(1, (y.shape[2], y.shape[3])).permute(0, 3, 1, 2)
+        dy = (dtokens @ proj_weight.flatten(1)).view(rows.shape)
+        dy = dy.unflatten(1, y.shape[2:]).permute(0, 3, 1, 2)
     for i in reversed(range(first, depth)):
+        assert dy is not None
+        dz = torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
+        # The activation has served as the mask, and its memory is free.
         draw, dgamma, dbeta = _batch_norm_backward(
-            dy.mul_(y > 0), raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
-            training, eps,
+            dz, raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
+            training, eps, scratch=y,
         )  # fmt: skip
         y = activation(i - 1)
-        weight, stride = channels_last(stages.weights[i]), [stages.strides[i]] * 2
         dy, dweight, _ = torch.ops.aten.convolution_backward(
-            draw, y, weight, None, stride, [1, 1], [1, 1], False, [0, 0], 1,
-            [i > first or wanted[0], wanted[5 + i], False],
+            draw, y, channels_last(stages.weights[i]), None, [stages.strides[i]] * 2,
+            [1, 1], [1, 1], False, [0, 0], 1, [i > first or wanted[0], wanted[5 + i], False],
         )  # fmt: skip
-        dweight = dweight.contiguous() if wanted[5 + i] else None
         gradients[i] = (
-            dweight,
+            None if dweight is None else dweight.contiguous(),
             dgamma.to(stages.bn_weights[i].dtype),
             dbeta.to(stages.bn_biases[i].dtype),
         )
     dweights, dgammas, dbetas = zip(*gradients, strict=True)
-    dimage = dy.contiguous() if wanted[0] else None
+    dimage = dy.contiguous() if dy is not None and wanted[0] else None
     results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
     return picked(wanted, results)
 
@@ -215,8 +231,9 @@ def _batch_norm_backward(
     variance: Tensor,
     training: bool,
     eps: float,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the raw tensor, of gamma and of beta."""
+    """Gradients of the raw tensor, of gamma and of beta; overwrites ``dz`` and ``scratch``."""
     dtype = wide(raw.dtype)
     mean, gamma = mean.to(dtype), gamma.to(dtype)
     rstd = torch.rsqrt(variance.to(dtype) + eps)
@@ -229,7 +246,7 @@ def _batch_norm_backward(
     # this makes 2e-7, for 48 channels of 2 x 112 x 112 values).
     centred = raw - mean[:, None, None]
     dbeta = dz.sum((0, 2, 3))
-    dgamma = (centred * dz).sum((0, 2, 3)) * rstd
+    dgamma = torch.mul(centred, dz, out=scratch).sum((0, 2, 3)) * rstd
     if not training:
         return dz.mul_((gamma * rstd)[:, None, None]), dgamma, dbeta
     scale = gamma * rstd

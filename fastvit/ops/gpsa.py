@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvit.ops.backend import Call, choose
 from fastvit.ops.library import SingleBackward, differentiable, register, register_gradient
-from fastvit.ops.sdpa import attention, attention_with_gradients
+from fastvit.ops.sdpa import attention, attention_gradients
 
 
 class PositionFactors(NamedTuple):
@@ -111,8 +111,7 @@ def _torch_backward(
     gate = torch.sigmoid(gating_param.to(wide))
     gate_map = gate[:, None, None]
 
-    content_grad = grad * (1.0 - gate_map).to(grad.dtype)
-    content, dq, dk, dv = attention_with_gradients(content_grad, q, k, v, scale)
+    content = attention_gradients(grad, q, k, v, scale, 1.0 - gate)
 
     # Position: W = (I ⊗ Px) v and Y = (Pyᵀ ⊗ I) dO serve the value and both factors.
     py, px = factors.py.to(v.dtype), factors.px.to(v.dtype)
@@ -120,16 +119,12 @@ def _torch_backward(
     w = _along_x(px, v_grid)
     y = _along_y(py.mT, grad_grid)
     dv_position = _along_x((gate_map * factors.px).mT.to(v.dtype), y)
-    # float16 would overflow in sums over a line of the grid, which bfloat16 only rounds.
-    summed = wide if q.dtype == torch.float16 else q.dtype
-    grad_summed = grad.to(summed)
-    grad_lines = _on_grid(grad_summed, grid_size).flatten(3)
-    grad_py = (grad_lines @ w.to(summed).flatten(3).mT).sum(0, dtype=wide)
-    grad_px = (y.to(summed) @ v_grid.to(summed).mT).sum((0, 2), dtype=wide)
+    # These sums cancel, and float16 would overflow in them.
+    grad_py = (grad_grid.to(wide).flatten(3) @ w.to(wide).flatten(3).mT).sum(0)
+    grad_px = (y.to(wide) @ v_grid.to(wide).mT).sum((0, 2))
 
     # dγ = g (1 - g) Σ dO · (Op - Oc), where Σ dO · Op = Σ Py · grad_py comes for free.
-    moved = (factors.py * grad_py).sum((1, 2))
-    moved = moved - (grad_summed * content).sum((0, 2, 3), dtype=wide)
+    moved = (factors.py * grad_py).sum((1, 2)) - content.inner
     dgating = gate * (1.0 - gate) * moved
 
     # Softmax backward on (H, side, side), then the coefficients of the logits.
@@ -140,9 +135,9 @@ def _torch_backward(
     db = (ty * dy).sum((1, 2))
     dc = (tx * dx.square()).sum((1, 2)) + (ty * dy.square()).sum((1, 2))
     return (
-        _in_heads_layout(dq),
-        _in_heads_layout(dk),
-        torch.add(dv, dv_position.flatten(2, 3), out=_like_heads(v)),
+        _in_heads_layout(content.dq),
+        _in_heads_layout(content.dk),
+        torch.add(content.dv, dv_position.flatten(2, 3), out=_like_heads(v)),
         torch.stack((da, db, dc), dim=1).to(pos_weight.dtype),
         dgating.to(gating_param.dtype),
     )
