@@ -283,6 +283,14 @@ def test_gpsa_compiles_for_several_square_grids() -> None:
         torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["GPSA", "PatchEmbed", "PatchEmbed_uint8"])
+def test_vmap_of_layers(name: str) -> None:
+    module, x = LAYERS[name]()
+    stacked = torch.stack([x, x.flip(0)])
+    expected = torch.stack([module(sample) for sample in stacked])
+    torch.testing.assert_close(torch.func.vmap(module)(stacked), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_func_grad_of_layers(layer: tuple[torch.nn.Module, Tensor]) -> None:
     module, x = layer
     module.eval()

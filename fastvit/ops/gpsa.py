@@ -21,6 +21,7 @@ from torch import Tensor
 from fastvit.ops.backend import Call, choose
 from fastvit.ops.library import SingleBackward, differentiable, register, register_gradient
 from fastvit.ops.sdpa import attention, attention_gradients
+from fastvit.ops.tokens import wide
 
 
 class PositionFactors(NamedTuple):
@@ -32,9 +33,13 @@ class PositionFactors(NamedTuple):
     dx: Tensor
 
 
-def position_factors(pos_weight: Tensor, grid_size: tuple[int, int]) -> PositionFactors:
-    """The factors of P = Py ⊗ Px, in float32 (float64 for float64 weights)."""
-    weight = pos_weight.to(torch.promote_types(pos_weight.dtype, torch.float32))
+def position_factors(
+    pos_weight: Tensor, grid_size: tuple[int, int], dtype: torch.dtype
+) -> PositionFactors:
+    """The factors of P = Py ⊗ Px in float32, or float64 where it or ``dtype``, that of the
+    tokens, is.
+    """
+    weight = pos_weight.to(wide(torch.promote_types(pos_weight.dtype, dtype)))
     a, b, c = weight[:, :, None, None].unbind(1)
     gh, gw = grid_size
     dy, dx = _offsets(gh, weight), _offsets(gw, weight)
@@ -86,7 +91,7 @@ def _torch_forward(
     scale: float,
 ) -> Tensor:
     content = attention(q, k, v, scale)
-    factors = position_factors(pos_weight, grid_size)
+    factors = position_factors(pos_weight, grid_size, v.dtype)
     # The gate goes into the smaller factor, where it costs nothing.
     gate = torch.sigmoid(gating_param.to(factors.py.dtype))[:, None, None]
     gated_py = (gate * factors.py).to(v.dtype)
@@ -106,9 +111,9 @@ def _torch_backward(
     grid_size: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    factors = position_factors(pos_weight, grid_size)
-    wide = factors.py.dtype
-    gate = torch.sigmoid(gating_param.to(wide))
+    factors = position_factors(pos_weight, grid_size, v.dtype)
+    dtype = factors.py.dtype
+    gate = torch.sigmoid(gating_param.to(dtype))
     gate_map = gate[:, None, None]
 
     content = attention_gradients(grad, q, k, v, scale, 1.0 - gate)
@@ -120,8 +125,8 @@ def _torch_backward(
     y = _along_y(py.mT, grad_grid)
     dv_position = _along_x((gate_map * factors.px).mT.to(v.dtype), y)
     # These sums cancel, and float16 would overflow in them.
-    grad_py = (grad_grid.to(wide).flatten(3) @ w.to(wide).flatten(3).mT).sum(0)
-    grad_px = (y.to(wide) @ v_grid.to(wide).mT).sum((0, 2))
+    grad_py = (grad_grid.to(dtype).flatten(3) @ w.to(dtype).flatten(3).mT).sum(0)
+    grad_px = (y.to(dtype) @ v_grid.to(dtype).mT).sum((0, 2))
 
     # dγ = g (1 - g) Σ dO · (Op - Oc), where Σ dO · Op = Σ Py · grad_py comes for free.
     moved = (factors.py * grad_py).sum((1, 2)) - content.inner
