@@ -125,7 +125,8 @@ def test_convit_equals_the_formulas(grid):
     actual = run(dict(model.named_parameters()), model(x))
     reference, expected = dense(torch.float32), dense(torch.float64)
     for name in ("logits", *names):
-        options = {"name": name}
+        # The largest error of a vector of a few hundred gradients scatters by more than two.
+        options = {"name": name, "rms": name != "logits"}
         if "pos_proj" in name or "gating_param" in name:
             options["floor"] = CANCELLING
         if name.endswith("pos_proj.bias"):

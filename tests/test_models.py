@@ -97,7 +97,8 @@ def assert_models_agree(actual: nn.Module, reference: nn.Module, x: Tensor) -> N
     expectations = output_and_gradients(copy.deepcopy(reference).double(), x.double())
     assert results.keys() == references.keys()
     for name, expected in expectations.items():
-        options = {"name": name}
+        # The largest error of a vector of a few hundred gradients scatters by more than two.
+        options = {"name": name, "rms": name != "output"}
         if "pos_proj" in name or "gating_param" in name:
             options["floor"] = CANCELLING
         if name.endswith("pos_proj.bias"):
@@ -318,7 +319,8 @@ class TestAgainstTorchvision:
         actual, plain = output_and_gradients(model, x), output_and_gradients(reference, x)
         expected = output_and_gradients(double, x.double())
         for theirs, ours in names.items():
-            assert_agreement(actual[ours], plain[theirs], expected[theirs], name=ours)
+            options = {"name": ours, "rms": ours != "output"}
+            assert_agreement(actual[ours], plain[theirs], expected[theirs], **options)
         ours, theirs = model.patch_embed.backbone[3].bn, reference.conv_proj[3][1]
         for key in ("running_mean", "running_var"):
             buffer = double.conv_proj[3][1].get_buffer(key)
