@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.reference import ConvStage
+from fastvit.reference import ConvStage, stage_grids
 from fastvit.reference.arguments import (
     check_grid,
     check_images,
@@ -158,10 +158,11 @@ def check_patch_embed(
     autocast: bool,
 ) -> None:
     _check_projection(weight, bias, ("weight", "bias"))
-    (height, width), (ph, pw) = images.shape[-2:], weight.shape[-2:]
+    ph, pw = weight.shape[-2:]
     if ph == 0 or pw == 0:
         raise ValueError(f"weight: expected patches of at least one pixel, got {_shape(weight)}")
     _check_images("images", images, weight, mean, std, autocast)
+    height, width = images.shape[-2:]
     if height % ph or width % pw:
         raise ValueError(
             f"images: expected sides divisible by the patch size {ph} x {pw}, "
@@ -219,9 +220,7 @@ def check_conv_stem(
     if len({stage.running_mean is None for stage in stages}) != 1:
         raise ValueError("stages: expected running statistics in all stages or in none")
     _check_images("x", x, stages[0].weight, mean, std, autocast)
-    height, width = x.shape[2], x.shape[3]
-    for stage in stages:
-        height, width = (height - 1) // stage.stride + 1, (width - 1) // stage.stride + 1
+    height, width = stage_grids(x.shape[-2:], [stage.stride for stage in stages])[-1]
     _check_shape(
         "proj_weight", proj_weight, (proj_weight.shape[0], channels, 1, 1), "(D, C_last, 1, 1)"
     )

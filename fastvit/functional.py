@@ -183,18 +183,15 @@ def patch_embed(
     """
     cast = autocast_dtype(weight)
     check_patch_embed(images, weight, bias, pos_embed, cls_token, mean, std, cast is not None)
+    images, weight, bias = _cast(cast, images, weight, bias)
     asked = requested(backend)
-    options: dict[str, Any] = {
-        "pos_embed": pos_embed,
-        "cls_token": cls_token,
-        "mean": mean,
-        "std": std,
-    }
     if choose(Call("patch_embed", images.device, weight.dtype), asked) == "reference" or (
         plain_ops_wanted()
     ):
-        return reference.patch_embed(images, weight, bias, **options)
-    images, weight, bias = _cast(cast, images, weight, bias)
+        return _plain(
+            reference.patch_embed, images, weight, bias,
+            pos_embed=pos_embed, cls_token=cls_token, mean=mean, std=std,
+        )  # fmt: skip
     return _patch_embed.patch_embed(
         images, weight, bias, pos_embed, cls_token, _floats(mean), _floats(std), asked
     )

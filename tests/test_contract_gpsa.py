@@ -304,6 +304,16 @@ def largest_allocation(run) -> int:
     return max(event.self_cpu_memory_usage for event in profile.events())
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch's attention takes its buffer once a thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_torch_backend_makes_no_map_of_all_pairs(differentiate):
     """Its reason to exist: 1024 tokens, where one head's map has 64 times the bytes of q."""
     p = problem((32, 32), 2, 16, batch=1)

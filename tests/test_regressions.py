@@ -157,6 +157,15 @@ def test_a_backend_block_ends_with_its_thread() -> None:
     assert requested(None) == before
 
 
+def test_malformed_images_are_named() -> None:
+    """Their sides were read before their rank was checked."""
+    weight = torch.randn(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"images: expected \(B, 3, H, W\).*got shape \(8,\)"):
+        patch_embed(torch.randn(8), weight)
+    with pytest.raises(TypeError, match=r"images: expected a tensor.*got list"):
+        patch_embed([[0.0]], weight)  # type: ignore[arg-type]
+
+
 def test_mean_and_std_may_be_tensors() -> None:
     images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
     weight = torch.randn(4, 3, 8, 8)

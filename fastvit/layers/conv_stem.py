@@ -132,11 +132,8 @@ class ConvStem(reference.ConvStem):
                     stage.bn.num_batches_tracked.add_(1)
         if self.flatten:
             return tokens
-        height, width = x.shape[-2:]
-        for stage in stages:
-            stride = stage.conv.stride[0]
-            height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        grids = reference.stage_grids(x.shape[-2:], [stage.conv.stride[0] for stage in stages])
+        return tokens.transpose(1, 2).unflatten(2, grids[-1])
 
 
 def _stage(layer: reference.ConvBNReLU) -> ConvStage:

@@ -23,6 +23,7 @@ from fastvit.ops.library import (
     register_gradient,
 )
 from fastvit.ops.tokens import wide
+from fastvit.reference import stage_grids
 
 _FORWARD: dict[str, Callable[..., Forward]] = {"torch": conv_stem_torch.forward}
 _BACKWARD: dict[str, Callable[..., list[Tensor]]] = {"torch": conv_stem_torch.backward}
@@ -39,12 +40,8 @@ def stage_shapes(
     x: Tensor, weights: Tensors, strides: Sequence[int]
 ) -> list[tuple[int, int, int, int]]:
     """Shapes (B, C, H, W) of what the convolutions give."""
-    B, _C, height, width = x.shape
-    shapes = []
-    for weight, stride in zip(weights, strides, strict=True):
-        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        shapes.append((B, weight.shape[0], height, width))
-    return shapes
+    grids = stage_grids(x.shape[-2:], strides)
+    return [(x.shape[0], w.shape[0], *grid) for w, grid in zip(weights, grids, strict=True)]
 
 
 def _fake_forward(

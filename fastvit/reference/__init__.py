@@ -6,7 +6,14 @@ normalised before they are convolved. Tests, benchmarks and the ``reference`` ba
 these definitions and no others.
 """
 
-from fastvit.reference.conv_stem import ConvBNReLU, ConvStage, ConvStem, Projection, conv_stem
+from fastvit.reference.conv_stem import (
+    ConvBNReLU,
+    ConvStage,
+    ConvStem,
+    Projection,
+    conv_stem,
+    stage_grids,
+)
 from fastvit.reference.gpsa import (
     GPSA,
     gpsa_attention,
@@ -40,4 +47,5 @@ __all__ = [
     "patch_embed",
     "relative_positions",
     "resample_patch_weight",
+    "stage_grids",
 ]

@@ -32,6 +32,16 @@ class ConvStage(NamedTuple):
     stride: int
 
 
+def stage_grids(image_size: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(height, width) after each 3x3 convolution with padding 1."""
+    height, width = image_size
+    grids = []
+    for stride in strides:
+        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        grids.append((height, width))
+    return grids
+
+
 def conv_stem(
     x: Tensor,
     stages: Sequence[ConvStage],
