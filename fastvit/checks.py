@@ -69,6 +69,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
         _check_device(name, x, q.device)
 
 
+def check_packed(name: str, x: Tensor, count: int) -> None:
+    """One projection's output (B, N, count, H, d)."""
+    shape = f"(B, N, {count}, H, d)"
+    _check_tensor(name, x, shape, 5)
+    _check_floating(name, x)
+    if x.shape[2] != count:
+        raise ValueError(f"{name}: expected {shape}, got shape {_shape(x)}")
+
+
 def check_gpsa(
     q: Tensor,
     k: Tensor,

@@ -22,19 +22,29 @@ from fastvit import reference
 from fastvit.checks import (
     check_conv_stem,
     check_gpsa,
+    check_packed,
     check_patch_embed,
     check_qkv,
 )
 from fastvit.ops import conv_stem as _conv_stem
 from fastvit.ops import gpsa as _gpsa
+from fastvit.ops import mhsa as _mhsa
 from fastvit.ops import patch_embed as _patch_embed
-from fastvit.ops import sdpa
 from fastvit.ops.backend import Call, choose, requested
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
+from fastvit.ops.tokens import unpack_heads
 from fastvit.reference import ConvStage
 from fastvit.reference.arguments import check_probability
 
-__all__ = ["ConvStage", "attention", "conv_stem", "gpsa_attention", "patch_embed"]
+__all__ = [
+    "ConvStage",
+    "attention",
+    "attention_qkvpacked",
+    "conv_stem",
+    "gpsa_attention",
+    "gpsa_attention_qkpacked",
+    "patch_embed",
+]
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> Sequence[Any]:
@@ -110,6 +120,50 @@ def gpsa_attention(
     return _gpsa.gpsa(q, k, v, pos_weight, gating_param, rows, columns, scale, asked)
 
 
+def gpsa_attention_qkpacked(
+    qk: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gating_param: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`gpsa_attention` of q and k in the one tensor that their projection gives.
+
+    Its gradient comes in one piece too, without the copy that two views would cost.
+
+    Args:
+        qk: (B, N, 2, H, d), any strides.
+        v: (B, H, N, d), of the same floating dtype.
+        pos_weight, gating_param, grid_size, scale, dropout_p, backend: as there.
+
+    Returns:
+        (B, H, N, d), as there.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as there.
+    """
+    check_packed("qk", qk, 2)
+    q, k = unpack_heads(qk)
+    cast = autocast_dtype(qk)
+    check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
+    asked = requested(backend)
+    if choose(Call("gpsa", qk.device, qk.dtype, dropout_p), asked) == "reference" or (
+        plain_ops_wanted()
+    ):
+        return gpsa_attention(
+            q, k, v, pos_weight, gating_param, grid_size,
+            scale=scale, dropout_p=dropout_p, backend=backend,
+        )  # fmt: skip
+    qk, v = _cast(cast, qk, v)
+    scale = qk.shape[-1] ** -0.5 if scale is None else float(scale)
+    rows, columns = grid_size
+    return _gpsa.gpsa_qkpacked(qk, v, pos_weight, gating_param, rows, columns, scale, asked)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -129,8 +183,8 @@ def attention(
 
     Returns:
         (B, H, N, d) in the dtype of q (under autocast, the autocast dtype). Where all scores of
-        a query are -inf the torch backend gives zeros, as PyTorch's attention does, and the
-        reference NaN.
+        a query are -inf the torch backend may give zeros, as PyTorch's attention does, and the
+        reference gives NaN.
 
     Raises:
         ValueError: shapes or devices differ, or ``dropout_p`` is outside [0, 1].
@@ -142,9 +196,40 @@ def attention(
     check_probability("dropout_p", dropout_p)
     q, k, v = _cast(cast, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if choose(Call("mhsa", q.device, q.dtype, dropout_p), requested(backend)) == "reference":
+    asked = requested(backend)
+    if choose(Call("mhsa", q.device, q.dtype, dropout_p), asked) == "reference":
         return _plain(reference.attention, q, k, v, scale=scale, dropout_p=dropout_p)
-    return sdpa.attention(q, k, v, scale, dropout_p)
+    return _mhsa.mhsa(q, k, v, scale, dropout_p, asked)
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`attention` of one projection's output, whose gradient comes in one piece too.
+
+    Args:
+        qkv: (B, N, 3, H, d), one floating dtype, any strides.
+        scale, dropout_p, backend: as there.
+
+    Returns:
+        (B, H, N, d), as there.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as there.
+    """
+    check_packed("qkv", qkv, 3)
+    asked = requested(backend)
+    if choose(Call("mhsa", qkv.device, qkv.dtype, dropout_p), asked) == "reference":
+        q, k, v = unpack_heads(qkv)
+        return attention(q, k, v, scale=scale, dropout_p=dropout_p, backend=backend)
+    check_probability("dropout_p", dropout_p)
+    (qkv,) = _cast(autocast_dtype(qkv), qkv)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _mhsa.mhsa_qkvpacked(qkv, scale, dropout_p, asked)
 
 
 def patch_embed(

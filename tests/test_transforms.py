@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 import fastvit
-from fastvit.functional import ConvStage, attention, conv_stem, gpsa_attention, patch_embed
+from fastvit.functional import (
+    ConvStage,
+    attention,
+    attention_qkvpacked,
+    conv_stem,
+    gpsa_attention,
+    gpsa_attention_qkpacked,
+    patch_embed,
+)
 
 ops = torch.ops.fastvit
 
@@ -55,6 +63,17 @@ def attention_case() -> Case:
     return Case(attention, (heads(), heads(), heads()))
 
 
+def gpsa_qkpacked_case() -> Case:
+    def function(qk: Tensor, v: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        return gpsa_attention_qkpacked(qk, v, weight, gate, GRID)
+
+    return Case(function, (leaf(2, 15, 2, 3, 8), heads(), leaf(3, 3), leaf(3)))
+
+
+def attention_qkvpacked_case() -> Case:
+    return Case(attention_qkvpacked, (leaf(2, 15, 3, 3, 8),))
+
+
 def patch_embed_case() -> Case:
     def function(x: Tensor, weight: Tensor, bias: Tensor, pos: Tensor, cls: Tensor) -> Tensor:
         return patch_embed(x, weight, bias, pos_embed=pos, cls_token=cls)
@@ -88,7 +107,9 @@ def conv_stem_case(training: bool = False) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "gpsa": gpsa_case,
+    "gpsa_qkpacked": gpsa_qkpacked_case,
     "attention": attention_case,
+    "attention_qkvpacked": attention_qkvpacked_case,
     "patch_embed": patch_embed_case,
     "conv_stem_eval": conv_stem_case,
     "conv_stem_train": lambda: conv_stem_case(training=True),
@@ -142,7 +163,7 @@ def _with_batch(case: Case, batch: int) -> tuple[Tensor, ...]:
     """The inputs with another batch size: of q, k and v, or of the images."""
     return tuple(
         x.detach()[:1].repeat(batch, *[1] * (x.ndim - 1))
-        if x.ndim == 4 and x.shape[0] == 2
+        if x.ndim >= 4 and x.shape[0] == 2
         else x.detach()
         for x in case.inputs
     )
@@ -188,10 +209,10 @@ def test_forward_mode_raises_instead_of_returning_zeros(name: str) -> None:
         torch.func.jvp(lambda t: case.function(t, *rest), (x,), (torch.ones_like(x),))
 
 
-VMAPPED = ("gpsa", "patch_embed", "conv_stem_eval")
+VMAPPED = ("gpsa", "gpsa_qkpacked", "attention", "patch_embed", "conv_stem_eval")
 
 
-@pytest.mark.parametrize("name", VMAPPED)
+@pytest.mark.parametrize("name", [*VMAPPED, "attention_qkvpacked"])
 def test_vmap_over_the_input(name: str) -> None:
     case = CASES[name]()
     rest = case.inputs[1:]
@@ -368,6 +389,9 @@ def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops._gpsa_backward,
             (torch.randn(0, 3, 15, 8), q[:0], k[:0], v[:0], weight, gate, *gpsa_options),
         ),
+        "mhsa_forward": (ops._mhsa_forward, (q, k, v, 0.35, "auto")),
+        "mhsa_forward_empty": (ops._mhsa_forward, (q[:0], k[:0], v[:0], 0.35, "auto")),
+        "mhsa_backward": (ops._mhsa_backward, (torch.randn(2, 3, 15, 8), q, k, v, 0.35, "auto")),
         "patch_embed_forward": (
             ops._patch_embed_forward,
             (image, kernel, bias, pos, cls, None, None, "auto"),

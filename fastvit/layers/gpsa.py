@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import reference
-from fastvit.functional import gpsa_attention
+from fastvit.functional import gpsa_attention_qkpacked
 from fastvit.layers.children import dropout_rate, is_plain
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
@@ -99,11 +99,11 @@ class GPSA(reference.GPSA):
         ):
             return super().forward(x, grid_size)
         grid = self.resolve_grid_size(x.shape[1], grid_size)
-        q, k = self._heads(self.qk(x)).unbind(0)
-        out = gpsa_attention(
-            q,
-            k,
-            self._heads(self.v(x)),
+        B, N, _ = x.shape
+        heads = (self.num_heads, self.dim // self.num_heads)
+        out = gpsa_attention_qkpacked(
+            self.qk(x).reshape(B, N, 2, *heads),
+            self.v(x).reshape(B, N, *heads).transpose(1, 2),
             self._pos_weight(),
             self.gating_param,
             grid,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import reference
-from fastvit.functional import attention
+from fastvit.functional import attention_qkvpacked
 from fastvit.layers.children import dropout_rate, is_plain
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
@@ -36,11 +36,8 @@ class MHSA(reference.MHSA):
         plain = is_plain(self.attn_drop, nn.Dropout, nn.Identity)
         if requested(self.backend) == "reference" or not plain:
             return super().forward(x)
-        q, k, v = self._qkv(x)
-        out = attention(
-            q,
-            k,
-            v,
+        out = attention_qkvpacked(
+            self._qkvpacked(x),
             scale=self.scale,
             dropout_p=dropout_rate(self.attn_drop),
             backend=self.backend,

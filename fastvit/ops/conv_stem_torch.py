@@ -7,7 +7,8 @@ convolution read, relu(batch_norm(raw)), is computed again in the backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from fastvit.ops.library import picked
 from fastvit.ops.tokens import token_gradients, wide
-from fastvit.reference import assemble_tokens, normalize_images
+from fastvit.reference import assemble_tokens, normalize_images, stage_grids
 
 Floats = Sequence[float] | None
 Tensors = Sequence[Tensor]
+
+
+#: Elements of a tensor that a core works on at a time, about what its cache holds.
+_ELEMENTS_PER_CORE = 120_000
 
 
 class Stages(NamedTuple):
@@ -49,37 +54,61 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
-    """The stages in eval without gradients, each batch norm folded into its convolution.
+    """The stages in eval without gradients.
 
-    Folded in float32 and rounded once.
+    A batch norm is folded into its convolution where there are more values to normalise than
+    weights to scale.
     """
     for weight, gamma, beta, mean, variance, stride in zip(*stages, strict=True):
+        pixels = math.prod(stage_grids(x.shape[-2:], [stride])[0])
+        if x.shape[0] * pixels < weight[0].numel():
+            raw = channels_last(F.conv2d(x, weight, stride=stride, padding=1))
+            x = _normalize(raw, gamma, beta, mean, variance, eps)
+            continue
         dtype = wide(weight.dtype)
         scale = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + eps)
-        folded = weight.to(dtype) * scale[:, None, None, None]
         bias = beta.to(dtype) - mean.to(dtype) * scale
-        folded = channels_last(folded.to(weight.dtype))
-        x = F.conv2d(x, folded, bias.to(weight.dtype), stride=stride, padding=1).relu_()
+        # oneDNN's convolution with the ReLU inside would gain 3 % and lose every NaN.
+        x = F.conv2d(x, _scaled(weight, scale), bias.to(weight.dtype), stride, padding=1).relu_()
     return x
 
 
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """``weight`` times ``scale`` (C,) per output channel, in float32 and rounded once."""
+    scale = scale[:, None, None, None]
+    if weight.dtype == scale.dtype:
+        return weight * scale
+    out = torch.empty_like(weight)
+    # A few channels at a time, so that what is in float32 stays in cache.
+    for o, w, s in zip(out.split(64), weight.split(64), scale.split(64), strict=True):
+        o.copy_(w.to(s.dtype).mul_(s))
+    return out
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Channels_last tensors (B, C, H, W) as rows (n, C), as many at a time as stay in cache."""
+    rows = [_token_rows(x).flatten(0, 1) for x in tensors]
+    count, channels = rows[0].shape
+    size = count
+    if rows[0].device.type == "cpu":
+        size = torch.get_num_threads() * _ELEMENTS_PER_CORE // channels
+    return zip(*(x.split(max(1, size)) for x in rows), strict=True)
+
+
 def _normalize(
-    raw: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    out: Tensor | None = None,
+    raw: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> Tensor:
-    """relu(batch_norm(raw)) with given statistics, computed in float32; may use ``out``."""
+    """relu(batch_norm(raw)) with given statistics, computed in float32."""
     dtype = wide(raw.dtype)
     mean, variance, gamma, beta = (t.to(dtype) for t in (mean, variance, gamma, beta))
     if raw.dtype != dtype:
         return F.batch_norm(raw, mean, variance, gamma, beta, training=False, eps=eps).relu_()
     scale = gamma * torch.rsqrt(variance + eps)
     shift = beta - mean * scale
-    return torch.addcmul(shift[:, None, None], raw, scale[:, None, None], out=out).relu_()
+    out = torch.empty_like(raw)
+    for y, x in _chunks(out, raw):
+        torch.addcmul(shift, x, scale, out=y).relu_()
+    return out
 
 
 def _copied(running: Tensor) -> Tensor:
@@ -87,17 +116,41 @@ def _copied(running: Tensor) -> Tensor:
     return running.to(wide(running.dtype), copy=True)
 
 
-def _batch_statistics(raw: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of channels_last (B, C, H, W), in float32.
+def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of channels_last (B, C, H, W).
 
-    ``out``, in float32, is overwritten. In two passes by hand: a CPU takes six times as long for
+    In two passes, combined over chunks by Chan's rule: a CPU takes six times as long for
     ``torch.var_mean`` along this axis, and the one pass of its batch norm costs a digit. An empty
     batch gives NaN, as PyTorch's does.
     """
-    count = raw.numel() // raw.shape[1]
-    mean = raw.sum((0, 2, 3), dtype=out.dtype) / count
-    variance = torch.sub(raw, mean[:, None, None], out=out).square_().sum((0, 2, 3)) / count
-    return mean, variance
+    parts = []
+    for (rows,) in _chunks(raw):
+        mean = rows.mean(0)
+        parts.append((rows.shape[0], mean, (rows - mean).square_().sum(0)))
+    if len(parts) == 1:
+        ((count, mean, square),) = parts
+        return mean, square / count
+    counts, means, squares = zip(*parts, strict=True)
+    weights = torch.tensor(counts, dtype=raw.dtype, device=raw.device)[:, None] / sum(counts)
+    stacked = torch.stack(means)
+    mean = (weights * stacked).sum(0)
+    between = (weights * (stacked - mean).square()).sum(0)
+    return mean, torch.stack(squares).sum(0) / sum(counts) + between
+
+
+def _normalize_batch(
+    raw: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relu(batch_norm(raw)), and the statistics of the batch that it used (biased variance)."""
+    dtype = wide(raw.dtype)
+    if raw.dtype == dtype or raw.numel() == 0:
+        mean, variance = _batch_statistics(raw.to(dtype))
+        return _normalize(raw, gamma, beta, mean, variance, eps), mean, variance
+    # PyTorch's kernel sums half precision in float32.
+    out, mean, rstd = torch.native_batch_norm(
+        raw, gamma.to(dtype), beta.to(dtype), None, None, True, 0.0, eps
+    )
+    return out.relu_(), mean, (rstd.pow(-2) - eps).clamp_min_(0.0)
 
 
 class Forward(NamedTuple):
@@ -137,15 +190,14 @@ def forward(
             zip(stages.weights, stages.bn_weights, stages.bn_biases, stages.strides, strict=True)
         ):
             # A convolution of one channel answers in another layout.
-            y = channels_last(F.conv2d(x, channels_last(weight), stride=stride, padding=1))
-            buffer = torch.empty_like(y, dtype=wide(y.dtype))
+            y = channels_last(F.conv2d(x, weight, stride=stride, padding=1))
             if training:
-                mean_i, variance_i = _batch_statistics(y, out=buffer)
+                x, mean_i, variance_i = _normalize_batch(y, gamma, beta, eps)
             else:
                 mean_i, variance_i = _copied(stages.means[i]), _copied(stages.variances[i])
+                x = _normalize(y, gamma, beta, mean_i, variance_i, eps)
             means.append(mean_i)
             variances.append(variance_i)
-            x = _normalize(y, gamma, beta, mean_i, variance_i, eps, out=buffer)
             if save:
                 raw.append(y)
     tokens = F.linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
@@ -202,14 +254,13 @@ def backward(
     for i in reversed(range(first, depth)):
         assert dy is not None
         dz = torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
-        # The activation has served as the mask, and its memory is free.
         draw, dgamma, dbeta = _batch_norm_backward(
             dz, raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
-            training, eps, scratch=y,
+            training, eps,
         )  # fmt: skip
         y = activation(i - 1)
         dy, dweight, _ = torch.ops.aten.convolution_backward(
-            draw, y, channels_last(stages.weights[i]), None, [stages.strides[i]] * 2,
+            draw, y, stages.weights[i], None, [stages.strides[i]] * 2,
             [1, 1], [1, 1], False, [0, 0], 1, [i > first or wanted[0], wanted[5 + i], False],
         )  # fmt: skip
         gradients[i] = (
@@ -231,9 +282,8 @@ def _batch_norm_backward(
     variance: Tensor,
     training: bool,
     eps: float,
-    scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the raw tensor, of gamma and of beta; overwrites ``dz`` and ``scratch``."""
+    """Gradients of the raw tensor, of gamma and of beta; may overwrite ``dz``."""
     dtype = wide(raw.dtype)
     mean, gamma = mean.to(dtype), gamma.to(dtype)
     rstd = torch.rsqrt(variance.to(dtype) + eps)
@@ -244,15 +294,16 @@ def _batch_norm_backward(
         )
     # In channels_last that kernel adds up row by row, which in float32 costs a digit (2e-6 where
     # this makes 2e-7, for 48 channels of 2 x 112 x 112 values).
-    centred = raw - mean[:, None, None]
-    dbeta = dz.sum((0, 2, 3))
-    dgamma = torch.mul(centred, dz, out=scratch).sum((0, 2, 3)) * rstd
-    if not training:
-        return dz.mul_((gamma * rstd)[:, None, None]), dgamma, dbeta
+    dgamma, dbeta = torch.zeros_like(mean), torch.zeros_like(mean)
+    for d, x in _chunks(dz, raw):
+        dbeta += d.sum(0)
+        dgamma += (x - mean).mul_(d).sum(0)
+    dgamma *= rstd
     scale = gamma * rstd
-    slope, shift = -scale * rstd * dgamma, -scale * dbeta
+    if not training:
+        return dz.mul_(scale[:, None, None]), dgamma, dbeta
     count = raw.numel() // raw.shape[1]
-    draw = torch.addcmul(
-        (shift / count)[:, None, None], centred, (slope / count)[:, None, None], out=centred
-    )
-    return draw.addcmul_(dz, scale[:, None, None]), dgamma, dbeta
+    slope, shift = -scale * rstd * dgamma / count, -scale * dbeta / count
+    for d, x in _chunks(dz, raw):
+        d.mul_(scale).addcmul_(x - mean, slope).add_(shift)
+    return dz, dgamma, dbeta

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What patch embedding and convolutional stem share: images in, tokens and their gradients out."""
+"""What the ops share: layouts of tokens, the dtype of sums, gradients of embedded tokens."""
 
 from __future__ import annotations
 
@@ -25,3 +25,21 @@ def token_gradients(
             dcls = total[:, :1].to(cls_token.dtype, copy=True)
     prefix = 0 if cls_token is None else 1
     return grad[:, prefix:], dpos, dcls
+
+
+def like_heads(q: Tensor) -> Tensor:
+    """An empty (B, H, N, d) whose memory is (B, N, H, d), so that merging heads is a view."""
+    B, H, N, d = q.shape
+    # Not a transposed view, which the caller could not modify in place.
+    return q.new_empty_strided((B, H, N, d), (N * H * d, d, H * d, 1))
+
+
+def like_packed(q: Tensor, count: int) -> Tensor:
+    """An empty (B, N, count, H, d) for q (B, H, N, d), packed as one projection gives it."""
+    B, H, N, d = q.shape
+    return q.new_empty(B, N, count, H, d)
+
+
+def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
+    """The (B, H, N, d) of a packed (B, N, count, H, d), views."""
+    return packed.permute(2, 0, 3, 1, 4).unbind(0)

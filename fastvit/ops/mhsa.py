@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain attention as an op on processors; elsewhere PyTorch's own, which keeps its statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.ops.backend import Call, choose
+from fastvit.ops.content import content_gradients, contents
+from fastvit.ops.library import (
+    SingleBackward,
+    differentiable,
+    plain_ops_wanted,
+    register,
+    register_gradient,
+)
+from fastvit.ops.tokens import like_heads, like_packed, unpack_heads
+from fastvit.ops.vmap import over_more_heads
+
+
+def _torch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = like_heads(q)
+    for content in contents(q, k, v, scale):
+        out[content.where] = content.out
+    return out
+
+
+def _torch_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The gradients of q, k and v as (B, N, 3, H, d)."""
+    dqkv = like_packed(q, 3)
+    dq, dk, dv = unpack_heads(dqkv)
+    for tile in content_gradients(grad, q, k, v, scale):
+        dq[tile.where], dk[tile.where], dv[tile.where] = tile.dq, tile.dk, tile.dv
+    return dqkv
+
+
+_FORWARD = {"torch": _torch_forward}
+_BACKWARD = {"torch": _torch_backward}
+
+
+@register(
+    "_mhsa_forward(Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor",
+    lambda q, *_: like_heads(q),
+)
+def _mhsa_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    return _FORWARD[choose(Call("mhsa", q.device, q.dtype), backend)](q, k, v, scale)
+
+
+@register(
+    "_mhsa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor",
+    lambda _, q, *__: like_packed(q, 3),
+)
+def _mhsa_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
+) -> Tensor:
+    return _BACKWARD[choose(Call("mhsa", q.device, q.dtype), backend)](grad, q, k, v, scale)
+
+
+class _MHSABackward(SingleBackward):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _mhsa_backward(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        names = ("grad", "q", "k", "v")
+        return over_more_heads(_MHSABackward.apply, names, ("qkv",), info, in_dims, args)
+
+
+_backward = differentiable(_MHSABackward)(_mhsa_backward)
+
+
+class _MHSA(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _mhsa_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.config = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return *unpack_heads(_backward(grad, *ctx.saved_tensors, *ctx.config)), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return over_more_heads(_MHSA.apply, ("q", "k", "v"), ("out",), info, in_dims, args)
+
+
+register_gradient("_mhsa_forward", _MHSA.backward, _MHSA.setup_context)
+_separate = differentiable(_MHSA)(_mhsa_forward)
+
+
+def _packed_forward(qkv: Tensor, scale: float, backend: str) -> Tensor:
+    return _mhsa_forward(*unpack_heads(qkv), scale, backend)
+
+
+class _PackedMHSA(torch.autograd.Function):
+    """Autograd would stack the gradients of three views of one projection."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _packed_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.config = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (qkv,) = ctx.saved_tensors
+        return _backward(grad, *unpack_heads(qkv), *ctx.config), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return over_more_heads(_PackedMHSA.apply, ("qkv",), ("out",), info, in_dims, args)
+
+
+_packed = differentiable(_PackedMHSA)(_packed_forward)
+
+
+def mhsa(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
+    """(B, H, N, d) three times to (B, H, N, d)."""
+    if _is_op(q, dropout_p):
+        return _separate(q, k, v, scale, backend)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+
+
+def mhsa_qkvpacked(qkv: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
+    """(B, N, 3, H, d) to (B, H, N, d)."""
+    if _is_op(qkv, dropout_p):
+        return _packed(qkv, scale, backend)
+    q, k, v = unpack_heads(qkv)
+    return mhsa(q, k, v, scale, dropout_p, backend)
+
+
+def _is_op(x: Tensor, dropout_p: float) -> bool:
+    return x.device.type == "cpu" and dropout_p == 0.0 and not plain_ops_wanted()
