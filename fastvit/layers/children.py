@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from fastvit.ops.linear import linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -21,3 +23,10 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def dropout_rate(dropout: nn.Module) -> float:
     """The probability that a plain ``nn.Dropout`` or ``nn.Identity`` applies now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, for a plain ``nn.Linear`` by the faster library."""
+    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)

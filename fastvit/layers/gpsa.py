@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastvit import reference
 from fastvit.functional import gpsa_attention_qkpacked
-from fastvit.layers.children import dropout_rate, is_plain
+from fastvit.layers.children import dropout_rate, is_plain, project
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
 from fastvit.reference.arguments import check_tokens
@@ -102,8 +102,8 @@ class GPSA(reference.GPSA):
         B, N, _ = x.shape
         heads = (self.num_heads, self.dim // self.num_heads)
         out = gpsa_attention_qkpacked(
-            self.qk(x).reshape(B, N, 2, *heads),
-            self.v(x).reshape(B, N, *heads).transpose(1, 2),
+            project(self.qk, x).reshape(B, N, 2, *heads),
+            project(self.v, x).reshape(B, N, *heads).transpose(1, 2),
             self._pos_weight(),
             self.gating_param,
             grid,
@@ -111,4 +111,4 @@ class GPSA(reference.GPSA):
             dropout_p=dropout_rate(self.attn_drop),
             backend=self.backend,
         )
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2)))

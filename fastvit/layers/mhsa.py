@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from fastvit import reference
 from fastvit.functional import attention_qkvpacked
-from fastvit.layers.children import dropout_rate, is_plain
+from fastvit.layers.children import dropout_rate, is_plain, project
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
+from fastvit.reference.arguments import check_tokens
 
 
 class MHSA(reference.MHSA):
@@ -33,13 +34,14 @@ class MHSA(reference.MHSA):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tokens(x, self.dim)
         plain = is_plain(self.attn_drop, nn.Dropout, nn.Identity)
         if requested(self.backend) == "reference" or not plain:
             return super().forward(x)
         out = attention_qkvpacked(
-            self._qkvpacked(x),
+            self._heads_of(project(self.qkv, x)),
             scale=self.scale,
             dropout_p=dropout_rate(self.attn_drop),
             backend=self.backend,
         )
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2)))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.layers import GPSA, MHSA
+from fastvit.layers.children import is_plain, project
+from fastvit.ops.linear import linear_gelu
 
 LAYER_NORM_EPS = 1e-6
 
@@ -75,8 +77,11 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
+        if is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU):
+            x = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        else:
+            x = self.act(self.fc1(x))
+        return self.drop2(project(self.fc2, self.drop1(x)))
 
 
 class Block(nn.Module):

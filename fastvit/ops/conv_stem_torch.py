@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.ops.library import picked
-from fastvit.ops.tokens import token_gradients, wide
-from fastvit.reference import assemble_tokens, normalize_images, stage_grids
+from fastvit.ops.linear import linear
+from fastvit.ops.tokens import assemble, token_gradients, wide
+from fastvit.reference import normalize_images, stage_grids
 
 Floats = Sequence[float] | None
 Tensors = Sequence[Tensor]
@@ -200,8 +201,8 @@ def forward(
             variances.append(variance_i)
             if save:
                 raw.append(y)
-    tokens = F.linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
-    return Forward(assemble_tokens(tokens, pos_embed, cls_token), raw, means, variances)
+    tokens = linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
+    return Forward(assemble(tokens, pos_embed, cls_token), raw, means, variances)
 
 
 def _token_rows(x: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def plain_ops_wanted() -> bool:
     return torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export()
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     """Whether ``torch.func`` or forward-mode AD is at work, which only a Function may meet."""
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -145,7 +145,7 @@ def differentiable(
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
                 return function.apply(*args) if _needs_grad(args) else op(*args)
-            if _in_transform():
+            if in_transform():
                 return function.apply(*args)
             return EagerTwin.apply(*args) if _needs_grad(args) else op(*args)
 

@@ -12,6 +12,25 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def assemble(x: Tensor, pos_embed: Tensor | None, cls_token: Tensor | None) -> Tensor:
+    """Positions added to tokens (B, N, D) and the class token put before them, as
+    :func:`fastvit.reference.assemble_tokens` does, with one pass; may overwrite ``x``.
+    """
+    pos_embed = None if pos_embed is None else pos_embed.to(x.dtype)
+    if cls_token is None:
+        return x if pos_embed is None else x.add_(pos_embed)
+    B, N, D = x.shape
+    out = x.new_empty(B, N + 1, D)
+    out[:, :1] = cls_token
+    if pos_embed is None:
+        out[:, 1:] = x
+        return out
+    if pos_embed.shape[1] > N:
+        out[:, :1] += pos_embed[:, :1]
+    torch.add(x, pos_embed[:, -N:], out=out[:, 1:])
+    return out
+
+
 def token_gradients(
     grad: Tensor, pos_embed: Tensor | None, cls_token: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -77,15 +77,15 @@ class MHSA(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}"
 
-    def _qkvpacked(self, x: Tensor) -> Tensor:
-        """The projection (B, N, 3, H, d) of ``x`` (B, N, dim)."""
-        check_tokens(x, self.dim)
-        B, N, _ = x.shape
-        return self.qkv(x).reshape(B, N, 3, self.num_heads, self.dim // self.num_heads)
+    def _heads_of(self, qkv: Tensor) -> Tensor:
+        """The projection (B, N, 3 dim) as (B, N, 3, H, d)."""
+        B, N, _ = qkv.shape
+        return qkv.reshape(B, N, 3, self.num_heads, self.dim // self.num_heads)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v (B, H, N, d) of ``x`` (B, N, dim), as views of one projection."""
-        return self._qkvpacked(x).permute(2, 0, 3, 1, 4).unbind(0)
+        check_tokens(x, self.dim)
+        return self._heads_of(self.qkv(x)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def get_attention(self, x: Tensor) -> Tensor:
         """The exact attention map (B, H, N, N) of ``x`` (B, N, dim)."""
