@@ -15,10 +15,12 @@ from fastvit._version import __version__
 
 # Where each public name lives; nothing is imported before it is used.
 _EXPORTS = {
+    "AttentionMap": "fastvit.inspection",
     "ConvStem": "fastvit.layers",
     "GPSA": "fastvit.layers",
     "MHSA": "fastvit.layers",
     "PatchEmbed": "fastvit.layers",
+    "attention_maps": "fastvit.inspection",
     "backend": "fastvit.ops.backend",
     "create_model": "fastvit.models",
     "info": "fastvit._info",
