@@ -17,9 +17,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fastvit.benchmark import contests
 from fastvit.benchmark import rows as tables
 from fastvit.benchmark.machine import this_machine
 from fastvit.benchmark.measure import Settings, measure_row
+from fastvit.benchmark.modules import Outcome, measure
+from fastvit.benchmark.modules import text_report as modules_text
+from fastvit.benchmark.modules import write_report as write_modules
 from fastvit.benchmark.report import Run, text_report, write_json, write_report
 from fastvit.benchmark.result import Result
 
@@ -35,7 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "once, as a smoke test",
     )
     group.addoption(
-        "--report", metavar="DIR", help="write epoch.json, epoch.md and epoch.svg into DIR"
+        "--report",
+        metavar="DIR",
+        help="write epoch.json, .md, .svg and modules.json, .md into DIR",
+    )
+    group.addoption(
+        "--modules",
+        metavar="LIST",
+        help="contests of layers by pattern: 'GPSA*','stem*batch 8'; with --rows alone: none",
     )
     group.addoption(
         "--rows", metavar="LIST", help="rows by name or pattern: ConViT-S,'ViT_C-*',*-18GF"
@@ -94,23 +105,23 @@ class Epochs:
     def measure(self, row: tables.Row, benchmark) -> Result:
         """Measure one row under pytest-benchmark, tell how it went, and keep the result."""
         start = time.perf_counter()
-        self._say(f"\n[{self.rows.index(row) + 1:2}/{len(self.rows)}] {row.name}")
+        self.say(f"\n[{self.rows.index(row) + 1:2}/{len(self.rows)}] {row.name}")
         result = measure_row(
             row,
             self.settings,
             repeat=lambda target, setup, rounds: benchmark.pedantic(
                 target, setup=setup, rounds=rounds
             ),
-            progress=lambda text: self._say(f" … {text}"),
+            progress=lambda text: self.say(f" … {text}"),
         )
         self.run.results.append(result)
         benchmark.extra_info.update(result.to_dict())
-        self._say(f" … {_outcome(result, timed=self.timed)} ({time.perf_counter() - start:.0f} s)")
+        self.say(f" … {_outcome(result, timed=self.timed)} ({time.perf_counter() - start:.0f} s)")
         if self.folder:
             write_json(self.run, self.folder)
         return result
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         # Asked for late: in pytest_configure neither plugin may be there yet.
         terminal = self._plugins.get_plugin("terminalreporter")
         capture = self._plugins.get_plugin("capturemanager")
@@ -118,6 +129,43 @@ class Epochs:
             return
         with capture.global_and_fixture_disabled() if capture else nullcontext():
             terminal.write(text, flush=True)
+
+
+class Modules:
+    """The contests to measure, and what came of them."""
+
+    def __init__(self, config: pytest.Config, epochs: Epochs) -> None:
+        option = config.getoption
+        self.timed, self.folder, self._epochs = epochs.timed, epochs.folder, epochs
+        # Without time to measure, one image is enough to compare.
+        entries = contests.entries(batch=option("--batch") or (8 if self.timed else 1))
+        chosen = option("--modules") or "*"
+        if option("--rows") and not option("--modules"):
+            self.entries = []
+        else:
+            self.entries = contests.select(entries, chosen.split(","))
+        self.outcomes: list[Outcome] = []
+
+    def measure(self, entry: contests.Entry, benchmark) -> Outcome:
+        """Measure one contest under pytest-benchmark, tell how it went, and keep the outcome."""
+        self._epochs.say(f"\n[{self.entries.index(entry) + 1:2}/{len(self.entries)}] {entry.id}")
+        outcome = measure(
+            entry,
+            timed=self.timed,
+            repeat=lambda target, setup, rounds: benchmark.pedantic(
+                target, setup=setup, rounds=rounds
+            ),
+        )
+        self.outcomes.append(outcome)
+        benchmark.extra_info.update(outcome.to_dict())
+        if not outcome.agrees:
+            said = "disagrees"
+        elif outcome.seconds:
+            said = f"{outcome.ratio(contests.LIBRARY):.2f}x"
+        else:
+            said = f"agrees, error {outcome.error:.1e}"
+        self._epochs.say(f" … {said}")
+        return outcome
 
 
 def _outcome(result: Result, *, timed: bool) -> str:
@@ -133,6 +181,7 @@ def _outcome(result: Result, *, timed: bool) -> str:
 
 
 EPOCHS = pytest.StashKey[Epochs]()
+MODULES = pytest.StashKey[Modules]()
 
 
 # Not trylast: pytest-benchmark reads its options in a trylast hook of its own.
@@ -143,6 +192,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[EPOCHS] = epochs = Epochs(config)
     except ValueError as error:
         raise pytest.UsageError(f"--rows: {error}") from error
+    try:
+        config.stash[MODULES] = Modules(config, epochs)
+    except ValueError as error:
+        raise pytest.UsageError(f"--modules: {error}") from error
     if epochs.folder:
         if not epochs.timed:
             raise pytest.UsageError("--report needs --benchmark: a smoke test has no figures")
@@ -170,13 +223,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" in metafunc.fixturenames:
         rows = metafunc.config.stash[EPOCHS].rows
         metafunc.parametrize("row", rows, ids=[row.name for row in rows])
+    if "entry" in metafunc.fixturenames:
+        entries = metafunc.config.stash[MODULES].entries
+        metafunc.parametrize("entry", entries, ids=[entry.id for entry in entries])
 
 
 def pytest_report_teststatus(
     report: pytest.TestReport, config: pytest.Config
 ) -> tuple[str, str, str] | None:
     """No dots: the line of a row says how it went."""
-    if report.when == "call" and "test_row[" in report.nodeid and config.option.verbose <= 0:
+    ours = "test_row[" in report.nodeid or "test_contest[" in report.nodeid
+    if report.when == "call" and ours and config.option.verbose <= 0:
         return report.outcome, "", ""
     return None
 
@@ -186,8 +243,16 @@ def epochs(request: pytest.FixtureRequest) -> Epochs:
     return request.config.stash[EPOCHS]
 
 
+@pytest.fixture(scope="session")
+def modules(request: pytest.FixtureRequest) -> Modules:
+    return request.config.stash[MODULES]
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     epochs = session.config.stash.get(EPOCHS, None)
+    modules = session.config.stash.get(MODULES, None)
+    if modules is not None and modules.folder and any(o.seconds for o in modules.outcomes):
+        write_modules(modules.outcomes, epochs.run.machine, modules.folder)
     if epochs is None or not epochs.run.results:
         return
     epochs.run.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
@@ -201,6 +266,12 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     epochs = config.stash.get(EPOCHS, None)
+    modules = config.stash.get(MODULES, None)
+    if modules is not None and modules.timed and modules.outcomes:
+        terminalreporter.section("fastvit: layers and models against their peers")
+        terminalreporter.write_line(modules_text(modules.outcomes, epochs.run.machine))
+        if modules.folder:
+            terminalreporter.write_line(f"\nwritten to {modules.folder}: modules.json, .md")
     if epochs is None or not epochs.run.results:
         return
     terminalreporter.section("fastvit: minutes per ImageNet epoch")

@@ -6,17 +6,18 @@ Every row of ``models.json`` is built twice: as the library model that a user ha
 The two must agree by the numbers rule of :mod:`fastvit.testing` before either is timed.
 ``pytest bench/ --benchmark`` runs it; the modules here hold what that run and the tests share:
 
-========================  ==========================================================
-``rows``                  the rows of ``models.json`` as dataclasses, and their selection
-``library``, ``weights``  the two models of a row and their common random weights
-``counter``               flops, parameters and activations by the papers' rule
-``agreement``             the gate before timing
-``steps``, ``measure``    timed steps; one row from construction to figures
-``result``                what one row yields, minutes per epoch
-``table``, ``text``       the printed tables and the lines above and below them
-``report``, ``plot``      ``epoch.json``, ``epoch.md``, ``epoch.svg``
-``machine``               what the figures were measured on
-========================  ==========================================================
+=========================  ==========================================================
+``rows``                   the rows of ``models.json`` as dataclasses, and their selection
+``library``, ``weights``   the two models of a row and their common random weights
+``counter``                flops, parameters and activations by the papers' rule
+``agreement``              the gate before timing
+``steps``, ``measure``     timed steps; one row from construction to figures
+``result``                 what one row yields, minutes per epoch
+``table``, ``text``        the printed tables and the lines above and below them
+``report``, ``plot``       ``epoch.json``, ``epoch.md``, ``epoch.svg``
+``machine``                what the figures were measured on
+``contests``, ``modules``  layers and models against their peers; measured and printed
+=========================  ==========================================================
 
 timm, torchvision and matplotlib (the ``bench`` extra) are imported by the functions that need
 them.

@@ -89,8 +89,8 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     """
     written = [
         write_json(run, folder),
-        _write(folder / "epoch.md", markdown_report(run)),
-        _write(folder / "epoch.svg", epoch_svg(run.results, run.machine.line(run.dtype))),
+        write_text(folder / "epoch.md", markdown_report(run)),
+        write_text(folder / "epoch.svg", epoch_svg(run.results, run.machine.line(run.dtype))),
     ]
     return written
 
@@ -98,10 +98,10 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 def write_json(run: Run, folder: Path) -> Path:
     """Write ``epoch.json`` alone: cheap enough to do after every row."""
     content = json.dumps(_finite(run.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
-    return _write(folder / "epoch.json", content + "\n")
+    return write_text(folder / "epoch.json", content + "\n")
 
 
-def _write(path: Path, content: str) -> Path:
+def write_text(path: Path, content: str) -> Path:
     """Write through a temporary file beside ``path``, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
