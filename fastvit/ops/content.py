@@ -23,8 +23,7 @@ from fastvit.ops.tokens import wide
 
 _aten = torch.ops.aten
 
-#: Elements that a core is given of a tile's tokens, and of the maps that are made at a time:
-#: about what its cache holds.
+#: Elements of the maps that are made at a time, for each core: about what its cache holds.
 _ELEMENTS_PER_CORE = 180_000
 #: The same for a GPU.
 _ELEMENTS = 1 << 26
@@ -58,8 +57,11 @@ class Tiling(NamedTuple):
 
 
 def tiling(B: int, H: int, N: int, d: int, budget: int) -> Tiling:
-    """The tiling of (B, H, N, d) in which no tensor has many more elements than ``budget``."""
-    heads = max(1, budget // (N * d))
+    """The tiling of (B, H, N, d) that makes maps of at most ``budget`` elements at a time.
+
+    The tokens of a tile, of which there are ten tensors at once, have half as many.
+    """
+    heads = max(1, budget // 2 // (N * d))
     images = _even(B, max(1, heads // H))
     heads = _even(H, heads)
     if N * N >= _LARGE_MAP:

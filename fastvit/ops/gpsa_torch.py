@@ -115,14 +115,16 @@ def backward(
         # Σ dO · Oc, since Oc = A v and content_dv = Aᵀ dO.
         inner[heads] += (content_dv * value).sum((0, 2, 3), dtype=dtype)
 
-        # W = (I ⊗ Px) v and Y = (Pyᵀ ⊗ I) dO serve the value and both factors.
+        # W = (I ⊗ Px) v and Y = (Pyᵀ ⊗ I) dO serve the value and both factors. The sums over
+        # them cancel, and float16 would overflow in them.
         value, dout = _on_grid(value, grid_size), _on_grid(dout, grid_size)
-        w, y = _along_x(px, value), _along_y(py.mT, dout)
+        w = _along_x(px, value).to(dtype)
+        grad_py[heads] += (dout.to(dtype).flatten(3) @ w.flatten(3).mT).sum(0)
+        del w
+        y = _along_y(py.mT, dout)
+        grad_px[heads] += (y.to(dtype) @ value.to(dtype).mT).sum((0, 2))
         position_dv = _along_x(gpx.mT, y).flatten(2, 3)
         dv[where] = position_dv.addcmul_(content_dv, s)
-        # These sums cancel, and float16 would overflow in them.
-        grad_py[heads] += (dout.to(dtype).flatten(3) @ w.to(dtype).flatten(3).mT).sum(0)
-        grad_px[heads] += (y.to(dtype) @ value.to(dtype).mT).sum((0, 2))
 
     # dγ = g (1 - g) Σ dO · (Op - Oc), where Σ dO · Op = Σ Py · grad_py comes for free.
     moved = (factors.py * grad_py).sum((1, 2)) - inner
