@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import fastvit
 from fastvit.functional import gpsa_attention, patch_embed
+from fastvit.testing import assert_agreement
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -173,3 +175,47 @@ def test_mean_and_std_may_be_tensors() -> None:
     torch.testing.assert_close(
         patch_embed(images, weight, **statistics), patch_embed(images, weight, mean=MEAN, std=STD)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stem_on_no_images_has_zero_gradients(dtype: torch.dtype, training: bool) -> None:
+    """PyTorch's batch norm backward divides by the number of values, and the process dies."""
+    stem = fastvit.ConvStem(3, (4, 6), (2, 2), 5, dtype=dtype).train(training)
+    out = stem(torch.randn(0, 3, 16, 16, dtype=dtype))
+    grads = torch.autograd.grad(out.sum(), list(stem.parameters()))
+    assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(9, 1), (1, 1), (8, 2), (1, 9), (4, 3)])
+def test_a_stem_on_images_of_one_column(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """oneDNN's weight gradient in bfloat16 is garbage there in channels_last."""
+    torch.manual_seed(0)
+    stem = fastvit.ConvStem(3, (4, 6), (2, 2), 5).eval()
+    x = torch.randn(4, 3, *size)
+
+    def gradients(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        with fastvit.backend(backend):
+            model = copy.deepcopy(stem).to(dtype)
+            return list(torch.autograd.grad(model(x.to(dtype)).sum(), list(model.parameters())))
+
+    actual, plain = gradients(dtype, "torch"), gradients(dtype, "reference")
+    exact = gradients(torch.float64, "reference")
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        assert_agreement(a, p, e, rms=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiny_variances_reach_the_running_statistics(dtype: torch.dtype) -> None:
+    """Far below eps; out of the batch norm's rstd they would come with three digits."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16) * 1e-4
+    stem = fastvit.ConvStem(3, (4,), (2,), 5, norm_momentum=1.0).train()
+    half = copy.deepcopy(stem).to(dtype)
+    half[0].bn.float()
+    half(x.to(dtype))
+    conv = half[0].conv.weight.double()
+    raw = torch.nn.functional.conv2d(x.to(dtype).double(), conv, stride=2, padding=1)
+    expected = raw.var((0, 2, 3))
+    torch.testing.assert_close(half[0].bn.running_var.double(), expected, rtol=2e-2, atol=0.0)

@@ -48,8 +48,18 @@ def test_a_tiling_covers_everything_once(
     assert (count == 1).all()
 
 
-def test_an_empty_batch_has_no_tiles() -> None:
-    assert list(content.tiling(0, H, N, D, 1000).tiles(0, H)) == []
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    """No images, heads, tokens or channels."""
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, scale=1.0)
+    assert out.shape == shape
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert grad.shape == shape
+    if shape[1] and shape[2]:
+        weight, gate = torch.randn(3, 3)[: shape[1]], torch.randn(3)[: shape[1]]
+        grid = (1, shape[2])
+        assert gpsa_attention(q, k, v, weight, gate, grid, scale=1.0).shape == shape
 
 
 def problem(dtype: torch.dtype) -> list[Tensor]:
@@ -82,7 +92,7 @@ def reference_gpsa(q, k, v, weight, gate):
 def test_every_tiling_agrees(
     function, plain, count, dtype, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "_ELEMENTS_PER_CORE", budget)
+    monkeypatch.setattr(content, "_MAPS_PER_CORE", budget)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     grad, *inputs = problem(dtype)
     inputs = inputs[:count]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastvit.ops.linear import linear
+from fastvit.ops.linear import linear, takes_onednn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -17,7 +17,9 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     ``attn_drop``, and an adapter or a parametrisation puts another class in a layer's place. A
     fused forward would leave both silently out.
     """
-    return type(module) in kinds and not any(getattr(module, name) for name in _HOOKS)
+    replaced = "forward" in module.__dict__
+    watched = any(getattr(module, name) for name in _HOOKS)
+    return type(module) in kinds and not replaced and not watched
 
 
 def dropout_rate(dropout: nn.Module) -> float:
@@ -26,7 +28,16 @@ def dropout_rate(dropout: nn.Module) -> float:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, for a plain ``nn.Linear`` by the faster library."""
-    if isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
-        return linear(x, layer.weight, layer.bias)
+    """``layer(x)``; a plain ``nn.Linear`` that nobody watches in oneDNN where that is faster."""
+    if unwatched_linear(layer, x):
+        return linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     return layer(x)
+
+
+def unwatched_linear(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is a linear one whose call nobody would miss, in inference on ``x``."""
+    return (
+        is_plain(layer, nn.Linear)
+        and not nn.modules.module._has_any_global_hook()
+        and takes_onednn(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    )

@@ -34,10 +34,10 @@ class MHSA(reference.MHSA):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tokens(x, self.dim)
         plain = is_plain(self.attn_drop, nn.Dropout, nn.Identity)
         if requested(self.backend) == "reference" or not plain:
             return super().forward(x)
+        check_tokens(x, self.dim)
         out = attention_qkvpacked(
             self._heads_of(project(self.qkv, x)),
             scale=self.scale,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.layers import GPSA, MHSA
-from fastvit.layers.children import is_plain, project
+from fastvit.layers.children import is_plain, project, unwatched_linear
 from fastvit.ops.linear import linear_gelu
 
 LAYER_NORM_EPS = 1e-6
@@ -77,7 +77,8 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU):
+        exact = is_plain(self.act, nn.GELU) and self.act.approximate == "none"
+        if exact and unwatched_linear(self.fc1, x):
             x = linear_gelu(x, self.fc1.weight, self.fc1.bias)
         else:
             x = self.act(self.fc1(x))

@@ -3,8 +3,8 @@
 
 On a processor a tile is a few heads, in batched matrix products: PyTorch's fused attention
 multiplies blocks so narrow that they run at half the rate. The maps of a tile stay in cache, and
-all tiles of a call share one piece of memory, since fresh memory costs a page fault for every
-4 KB, which together take as long as the arithmetic. On a GPU one tile has everything, and
+all tiles of a call use the same memory, since fresh memory costs a page fault for every 4 KB,
+which together take as long as the arithmetic. On a GPU one tile has everything, and
 PyTorch's fused kernels serve it.
 """
 
@@ -24,14 +24,14 @@ from fastvit.ops.tokens import wide
 _aten = torch.ops.aten
 
 #: Elements of the maps that are made at a time, for each core: about what its cache holds.
-_ELEMENTS_PER_CORE = 180_000
-#: The same for a GPU.
-_ELEMENTS = 1 << 26
+_MAPS_PER_CORE = 180_000
+#: The same for a whole GPU.
+_MAPS_PER_GPU = 1 << 26
 
 #: Above this number of tokens PyTorch's fused forward is the faster one on a CPU in float32.
 _FUSED_TOKENS = 256
 
-#: From this number of elements on, no tensor is as large as the map of one head.
+#: A map of so many elements is made in two or more blocks of rows, whatever the cores hold.
 _LARGE_MAP = 1 << 19
 
 
@@ -75,7 +75,7 @@ def tiling(B: int, H: int, N: int, d: int, budget: int) -> Tiling:
 def _even(count: int, limit: int) -> int:
     """The largest of as few parts as keep to ``limit``, if they are of one size."""
     parts = -(-count // limit)
-    return -(-count // parts) if count else 1
+    return -(-count // parts)
 
 
 def _slices(count: int, size: int) -> list[slice]:
@@ -84,7 +84,7 @@ def _slices(count: int, size: int) -> list[slice]:
 
 def _tiling_of(q: Tensor) -> Tiling:
     cpu = q.device.type == "cpu"
-    budget = torch.get_num_threads() * _ELEMENTS_PER_CORE if cpu else _ELEMENTS
+    budget = torch.get_num_threads() * _MAPS_PER_CORE if cpu else _MAPS_PER_GPU
     B, H, N, d = q.shape
     return tiling(B, H, N, d, budget)
 
@@ -113,9 +113,9 @@ class _Scratch:
 
 
 class Content(NamedTuple):
-    """``out`` is the attention of a tile, ``where`` its images and heads; ``v`` is contiguous.
+    """``out`` is the attention of a tile, ``where`` its images and heads, ``v`` its values.
 
-    Tensors (n, h, N, d), valid until the next tile.
+    Tensors (n, h, N, d), valid until the next tile; ``v`` may be the caller's.
     """
 
     where: tuple[slice, slice]
@@ -125,6 +125,8 @@ class Content(NamedTuple):
 
 def contents(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[Content]:
     """softmax(scale q kᵀ) v of q, k, v (B, H, N, d), a tile at a time."""
+    if q.numel() == 0:
+        return
     B, H, N, _ = q.shape
     if q.device.type != "cpu" or (q.dtype == wide(q.dtype) and N > _FUSED_TOKENS):
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -158,9 +160,9 @@ def _product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class ContentGradients(NamedTuple):
-    """Gradients of the attention of a tile, beside its gradient and its values, contiguous.
+    """Gradients of the attention of a tile, beside its gradient and its values.
 
-    Tensors (n, h, N, d), valid until the next tile.
+    Tensors (n, h, N, d), valid until the next tile; ``grad`` and ``v`` may be the caller's.
     """
 
     where: tuple[slice, slice]
@@ -179,6 +181,8 @@ def content_gradients(
     Inside an op there is no autograd to ask (under a dispatch mode it is off for good), so
     PyTorch's own forward and backward operators are called by name.
     """
+    if q.numel() == 0:
+        return
     B, H, _, _ = q.shape
     if q.device.type == "cuda" and _memory_efficient_fits(q):
         gradients = _memory_efficient(grad, q, k, v, scale)
@@ -207,7 +211,7 @@ def _attend_backward(
         dk, dv = scratch("dk", *q.shape), scratch("dv", *q.shape)
         put: Callable[..., Tensor] = _product
     else:
-        # Sums over blocks of rows are rounded once.
+        # The sums over blocks of rows are in float32.
         dk, dv = (torch.zeros_like(q, dtype=wide(q.dtype)) for _ in range(2))
         put = _add_product
     for h, rows in plan.parts(*q.shape[:2]):

@@ -25,7 +25,7 @@ Tensors = Sequence[Tensor]
 
 
 #: Elements of a tensor that a core works on at a time, about what its cache holds.
-_ELEMENTS_PER_CORE = 120_000
+_CHUNK_PER_CORE = 120_000
 
 
 class Stages(NamedTuple):
@@ -88,11 +88,11 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Channels_last tensors (B, C, H, W) as rows (n, C), as many at a time as stay in cache."""
-    rows = [_token_rows(x).flatten(0, 1) for x in tensors]
+    rows = [x.permute(0, 2, 3, 1).view(-1, x.shape[1]) for x in tensors]
     count, channels = rows[0].shape
     size = count
     if rows[0].device.type == "cpu":
-        size = torch.get_num_threads() * _ELEMENTS_PER_CORE // channels
+        size = torch.get_num_threads() * _CHUNK_PER_CORE // channels
     return zip(*(x.split(max(1, size)) for x in rows), strict=True)
 
 
@@ -147,11 +147,14 @@ def _normalize_batch(
     if raw.dtype == dtype or raw.numel() == 0:
         mean, variance = _batch_statistics(raw.to(dtype))
         return _normalize(raw, gamma, beta, mean, variance, eps), mean, variance
-    # PyTorch's kernel sums half precision in float32.
-    out, mean, rstd = torch.native_batch_norm(
-        raw, gamma.to(dtype), beta.to(dtype), None, None, True, 0.0, eps
+    # PyTorch's kernel sums half precision in float32. Its rstd would give tiny variances back
+    # without a digit; with momentum 1 the running statistics are those of the batch.
+    mean, unbiased = (torch.zeros_like(gamma, dtype=dtype) for _ in range(2))
+    out, *_ = torch.native_batch_norm(
+        raw, gamma.to(dtype), beta.to(dtype), mean, unbiased, True, 1.0, eps
     )
-    return out.relu_(), mean, (rstd.pow(-2) - eps).clamp_min_(0.0)
+    count = raw.numel() // raw.shape[1]
+    return out.relu_(), mean, unbiased * ((count - 1) / count)
 
 
 class Forward(NamedTuple):
@@ -260,6 +263,10 @@ def backward(
             training, eps,
         )  # fmt: skip
         y = activation(i - 1)
+        if y.device.type == "cpu" and y.dtype == torch.bfloat16 and y.shape[3] == 1:
+            # oneDNN's weight gradient is garbage there in channels_last (torch 2.11 and 2.15).
+            # Not contiguous(), to which a single pixel is in either layout.
+            draw, y = (torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in (draw, y))
         dy, dweight, _ = torch.ops.aten.convolution_backward(
             draw, y, stages.weights[i], None, [stages.strides[i]] * 2,
             [1, 1], [1, 1], False, [0, 0], 1, [i > first or wanted[0], wanted[5 + i], False],
@@ -287,6 +294,9 @@ def _batch_norm_backward(
     """Gradients of the raw tensor, of gamma and of beta; may overwrite ``dz``."""
     dtype = wide(raw.dtype)
     mean, gamma = mean.to(dtype), gamma.to(dtype)
+    if raw.numel() == 0:
+        # Without values the statistics are NaN, and PyTorch's kernel divides by zero.
+        return dz, torch.zeros_like(mean), torch.zeros_like(mean)
     rstd = torch.rsqrt(variance.to(dtype) + eps)
     if raw.dtype != dtype:
         # PyTorch's kernel sums half precision in float32.
@@ -295,6 +305,7 @@ def _batch_norm_backward(
         )
     # In channels_last that kernel adds up row by row, which in float32 costs a digit (2e-6 where
     # this makes 2e-7, for 48 channels of 2 x 112 x 112 values).
+    dz = channels_last(dz)
     dgamma, dbeta = torch.zeros_like(mean), torch.zeros_like(mean)
     for d, x in _chunks(dz, raw):
         dbeta += d.sum(0)

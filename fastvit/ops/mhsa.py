@@ -142,4 +142,7 @@ def mhsa_qkvpacked(qkv: Tensor, scale: float, dropout_p: float, backend: str) ->
 
 
 def _is_op(x: Tensor, dropout_p: float) -> bool:
-    return x.device.type == "cpu" and dropout_p == 0.0 and not plain_ops_wanted()
+    if x.device.type != "cpu" or dropout_p > 0.0 or plain_ops_wanted():
+        return False
+    # A counter of flops knows PyTorch's attention and not ours.
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0
