@@ -19,12 +19,14 @@ BENCH = TESTS.parent / "bench"
 SLEEP = 0.1  # of the plugin's fault "slow"
 
 
-def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    cwd: Path, *arguments: str, suite: str = "test_epoch.py"
+) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     # -P and another folder: a checkout as current folder would shadow an installed package.
-    command = [sys.executable, "-P", "-m", "pytest", str(BENCH), "-p", "benchmark_tiny_rows"]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "benchmark_tiny_rows"]
     return subprocess.run(
-        [*command, "-p", "no:cacheprovider", *arguments],
+        [*command, "-p", "no:cacheprovider", str(BENCH / suite), *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
         capture_output=True,
@@ -143,3 +145,27 @@ def test_bad_options_are_refused(tmp_path, arguments, message):
     done = run(tmp_path, *arguments)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert message in done.stderr
+
+
+def test_contests_of_layers(tmp_path):
+    chosen = ("--modules", "patch embedding 768 *float32", "--batch", "1")
+    done = run(tmp_path, "--benchmark", *chosen, "--report", "out", suite="test_modules.py")
+    assert done.returncode == 0, done.stdout
+    progress = r"\[ 2/2\] patch embedding 768 uint8 float32 batch 1 … \d+\.\d\dx"
+    assert re.search(progress, done.stdout)
+    assert "layers and models against their peers" in done.stdout
+    contests = json.loads((tmp_path / "out" / "modules.json").read_text("utf-8"))["contests"]
+    assert [c["agrees"] for c in contests] == [True, True]
+    assert {len(s) for c in contests for s in c["seconds"].values()} == {12}
+    table = (tmp_path / "out" / "modules.md").read_text("utf-8")
+    assert "| patch embedding 768 uint8 | float32 | 1 |" in table
+
+
+def test_an_unknown_contest_is_named(tmp_path):
+    done = run(tmp_path, "--modules", "GPSA S backwards", suite="test_modules.py")
+    assert "--modules: no contest matches 'GPSA S backwards'" in done.stderr
+
+
+def test_rows_alone_leave_the_contests_out(tmp_path):
+    done = run(tmp_path, "--rows", "ConViT-S", suite="test_modules.py")
+    assert "1 skipped" in done.stdout
