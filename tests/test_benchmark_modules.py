@@ -116,3 +116,11 @@ def test_gpsa_needs_a_third_of_the_memory(
     (one,) = contests.select(contests.entries(), [pattern])
     memory = one.build(one.dtype, one.batch).memory
     assert modules.peak_bytes(memory["fastvit"]) < modules.peak_bytes(memory["library"]) / 3
+
+
+def test_the_stem_needs_no_more_memory_than_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step; autograd used to make zeros for all that the stem keeps."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    (one,) = contests.select(contests.entries(), ["stem training float32 batch 8"])
+    memory = one.build(one.dtype, one.batch).memory
+    assert modules.peak_bytes(memory["fastvit"]) < modules.peak_bytes(memory["library"])

@@ -16,7 +16,7 @@ from fastvit.functional import (
     gpsa_attention,
     gpsa_attention_qkpacked,
 )
-from fastvit.ops import content
+from fastvit.ops import content, mhsa
 from fastvit.testing import CANCELLING, assert_agreement, poisoned_allocations
 
 B, H, GRID, D = 3, 5, (5, 7), 6
@@ -82,11 +82,16 @@ def reference_gpsa(q, k, v, weight, gate):
     return reference.gpsa_attention(q, k, v, weight, gate, GRID)
 
 
+def tiled_attention(q, k, v):
+    """Also in the dtypes for which PyTorch's own is faster."""
+    return mhsa._separate(q, k, v, q.shape[-1] ** -0.5, "torch")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(
     ("function", "plain", "count"),
-    [(gpsa, reference_gpsa, 5), (attention, reference.attention, 3)],
+    [(gpsa, reference_gpsa, 5), (tiled_attention, reference.attention, 3)],
     ids=["gpsa", "attention"],
 )
 def test_every_tiling_agrees(
@@ -142,8 +147,8 @@ def test_packed_is_bitwise_the_same(dtype: torch.dtype) -> None:
 
 def test_packed_gradients_come_in_one_contiguous_piece() -> None:
     """The projection's backward then reads them without a copy."""
-    grad, *_ = problem(torch.float32)
-    qkv = torch.randn(B, N, 3, H, D, requires_grad=True)
+    grad, *_ = problem(torch.bfloat16)
+    qkv = torch.randn(B, N, 3, H, D, dtype=torch.bfloat16, requires_grad=True)
     (dqkv,) = torch.autograd.grad(attention_qkvpacked(qkv), qkv, grad)
     assert dqkv.is_contiguous()
 

@@ -70,8 +70,14 @@ def gpsa_qkpacked_case() -> Case:
     return Case(function, (leaf(2, 15, 2, 3, 8), heads(), leaf(3, 3), leaf(3)))
 
 
+def attention_half_case() -> Case:
+    """On processors an op of ours only in half precision."""
+    return Case(attention, tuple(heads().detach().half().requires_grad_() for _ in range(3)))
+
+
 def attention_qkvpacked_case() -> Case:
-    return Case(attention_qkvpacked, (leaf(2, 15, 3, 3, 8),))
+    qkv = leaf(2, 15, 3, 3, 8).detach().half().requires_grad_()
+    return Case(attention_qkvpacked, (qkv,))
 
 
 def patch_embed_case() -> Case:
@@ -109,6 +115,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "gpsa": gpsa_case,
     "gpsa_qkpacked": gpsa_qkpacked_case,
     "attention": attention_case,
+    "attention_half": attention_half_case,
     "attention_qkvpacked": attention_qkvpacked_case,
     "patch_embed": patch_embed_case,
     "conv_stem_eval": conv_stem_case,
@@ -129,7 +136,8 @@ def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> li
 
 def assert_all_close(actual: Any, expected: Any) -> None:
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * float(e.abs().max() + 1))
+        tolerance = max(1e-4, 2 * torch.finfo(e.dtype).eps)
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * float(e.abs().max() + 1))
 
 
 @pytest.fixture
@@ -209,7 +217,7 @@ def test_forward_mode_raises_instead_of_returning_zeros(name: str) -> None:
         torch.func.jvp(lambda t: case.function(t, *rest), (x,), (torch.ones_like(x),))
 
 
-VMAPPED = ("gpsa", "gpsa_qkpacked", "attention", "patch_embed", "conv_stem_eval")
+VMAPPED = ("gpsa", "gpsa_qkpacked", "attention_half", "patch_embed", "conv_stem_eval")
 
 
 @pytest.mark.parametrize("name", [*VMAPPED, "attention_qkvpacked"])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvit
+from fastvit.ops.linear import linear
 from fastvit.testing import Agreement, agreement
 
 LIBRARY, FASTVIT, PRODUCTS, COMPILED = "library", "fastvit", "products", "torch.compile"
@@ -121,13 +122,13 @@ def _randomized(layer: nn.Module, seed: int = 0) -> nn.Module:
     return layer
 
 
-def _training_step(layer: nn.Module, x: Tensor) -> Run:
+def _training_step(layer: nn.Module, x: Tensor, first: bool = False) -> Run:
+    """Forward and backward; ``x`` gets a gradient too, unless the layer is a model's first."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
     grad = torch.randn_like(layer(x))
 
     def step() -> None:
-        leaf = x.detach().requires_grad_(x.is_floating_point())
-        layer(leaf).backward(grad)
+        layer(x.detach().requires_grad_(not first)).backward(grad)
         for p in parameters:
             p.grad = None
 
@@ -150,7 +151,7 @@ def _linear_products(weights: list[Tensor], x: Tensor, backward: bool) -> Run:
     @torch.inference_mode()
     def products() -> None:
         for w, g in zip(weights, grads, strict=True):
-            F.linear(rows, w)
+            linear(rows, w, None)
             if backward:
                 g @ w
                 g.mT @ rows
@@ -217,8 +218,8 @@ def _stem(training: bool) -> Callable[[torch.dtype, int], Contest]:
         exact = copy.deepcopy(theirs)
         compared = _compare(lambda t: theirs(t).mT, ours, nn.Sequential(exact, _Transpose()), x)
         if training:
-            theirs.train(), ours.train()
-            runs = {LIBRARY: _training_step(theirs, x), FASTVIT: _training_step(ours, x)}
+            pair = ((LIBRARY, theirs.train()), (FASTVIT, ours.train()))
+            runs = {n: _training_step(m, x, first=True) for n, m in pair}
             return Contest(runs, compared, memory=dict(runs))
         channels_last = x.to(memory_format=torch.channels_last)
         runs = {

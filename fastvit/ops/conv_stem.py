@@ -161,11 +161,15 @@ class _ConvStem(torch.autograd.Function):
         ctx.config, *args = inputs
         learned = 5 + 3 * len(ctx.config.strides)
         ctx.mark_non_differentiable(*output[1:])
+        # Else autograd makes zeros as large as all that is kept.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:learned], *output[1:])
         ctx.constants = len(args) - learned
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         wanted = list(ctx.needs_input_grad[1 : 6 + 3 * len(ctx.config.strides)])
         grads = _backward(ctx.config, wanted, grad, *ctx.saved_tensors)
         return None, *masked(wanted, grads), *[None] * ctx.constants
@@ -182,6 +186,7 @@ def _save_of_bare_op(ctx: Any, inputs: Any, output: Any) -> None:
         raise RuntimeError("fastvit: the stem was called without saving for a backward")
     ctx.config = Config(tuple(strides), training, eps, mean, std, backend)
     _tokens, *kept = output
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*arguments, *(t for tensors in (*lists[:3], *kept) for t in tensors))
     ctx.running = tuple(len(tensors) for tensors in lists[3:])
 

@@ -195,6 +195,7 @@ def forward(
         ):
             # A convolution of one channel answers in another layout.
             y = channels_last(F.conv2d(x, weight, stride=stride, padding=1))
+            del x
             if training:
                 x, mean_i, variance_i = _normalize_batch(y, gamma, beta, eps)
             else:
@@ -251,13 +252,15 @@ def backward(
     # Frozen stages below the first that is learned cost nothing.
     first = 0 if wanted[0] else (learned.index(True) if any(learned) else depth)
     gradients: list[tuple[Tensor | None, ...]] = [(None, None, None)] * depth
-    dy = None
+    dy: Tensor | None = None
     if first < depth:
         dy = (dtokens @ proj_weight.flatten(1)).view(rows.shape)
         dy = dy.unflatten(1, y.shape[2:]).permute(0, 3, 1, 2)
     for i in reversed(range(first, depth)):
         assert dy is not None
         dz = torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
+        # The activation has served as the mask.
+        del dy, y
         draw, dgamma, dbeta = _batch_norm_backward(
             dz, raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
             training, eps,
@@ -271,6 +274,7 @@ def backward(
             draw, y, stages.weights[i], None, [stages.strides[i]] * 2,
             [1, 1], [1, 1], False, [0, 0], 1, [i > first or wanted[0], wanted[5 + i], False],
         )  # fmt: skip
+        del dz, draw
         gradients[i] = (
             None if dweight is None else dweight.contiguous(),
             dgamma.to(stages.bn_weights[i].dtype),

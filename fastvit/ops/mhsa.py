@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain attention as an op on processors; elsewhere PyTorch's own, which keeps its statistics."""
+"""Plain attention as an op in half precision on processors, where PyTorch's own takes twice as long
+in the backward; elsewhere PyTorch's, which keeps its statistics and need not compute them again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit import reference
 from fastvit.ops.backend import Call, choose
 from fastvit.ops.content import content_gradients, contents
 from fastvit.ops.library import (
@@ -18,8 +21,12 @@ from fastvit.ops.library import (
     register,
     register_gradient,
 )
-from fastvit.ops.tokens import like_heads, like_packed, unpack_heads
+from fastvit.ops.tokens import like_heads, like_packed, unpack_heads, wide
 from fastvit.ops.vmap import over_more_heads
+
+#: With fewer tokens PyTorch's CPU kernel takes a NaN in the scores for a masked row and gives
+#: zeros (torch 2.11 and 2.15: its vectors are 16 wide).
+_FEWEST_TOKENS = 16
 
 
 def _torch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -130,6 +137,8 @@ def mhsa(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, backen
     """(B, H, N, d) three times to (B, H, N, d)."""
     if _is_op(q, dropout_p):
         return _separate(q, k, v, scale, backend)
+    if q.shape[2] < _FEWEST_TOKENS:
+        return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
 
 
@@ -142,7 +151,7 @@ def mhsa_qkvpacked(qkv: Tensor, scale: float, dropout_p: float, backend: str) ->
 
 
 def _is_op(x: Tensor, dropout_p: float) -> bool:
-    if x.device.type != "cpu" or dropout_p > 0.0 or plain_ops_wanted():
+    if x.device.type != "cpu" or x.dtype == wide(x.dtype) or dropout_p > 0.0 or plain_ops_wanted():
         return False
     # A counter of flops knows PyTorch's attention and not ours.
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0
