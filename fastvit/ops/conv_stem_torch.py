@@ -69,7 +69,7 @@ def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
         dtype = wide(weight.dtype)
         scale = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + eps)
         bias = beta.to(dtype) - mean.to(dtype) * scale
-        # oneDNN's convolution with the ReLU inside would gain 3 % and lose every NaN.
+        # oneDNN's convolution with the ReLU inside would gain a few per cent and lose every NaN.
         x = F.conv2d(x, _scaled(weight, scale), bias.to(weight.dtype), stride, padding=1).relu_()
     return x
 
