@@ -85,10 +85,10 @@ def test_tables_and_files(tmp_path: Path) -> None:
 
 
 def test_selection_by_pattern() -> None:
-    found = contests.select(contests.entries(), ["GPSA S*float32 batch 8", "uint8"])
+    found = contests.select(contests.entries(), ["GPSA B*float32 batch 8", "uint8"])
     assert [e.id for e in found] == [
-        "GPSA S forward float32 batch 8",
-        "GPSA S forward+backward float32 batch 8",
+        "GPSA B forward float32 batch 8",
+        "GPSA B forward+backward float32 batch 8",
         "patch embedding 768 uint8 float32 batch 8",
         "patch embedding 768 uint8 bfloat16 batch 8",
     ]

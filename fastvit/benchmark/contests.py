@@ -77,6 +77,23 @@ def entries(batch: int = 8) -> list[Entry]:
         found.append(Entry("patch embedding 768 uint8", dtype, batch, _patch_embed_uint8))
         for size in ("tiny", "small", "base"):
             found.append(Entry(f"ConViT-{size} against DeiT", dtype, batch, _convit(size)))
+    return found + _variants(batch)
+
+
+def _variants(batch: int) -> list[Entry]:
+    """What people do to a layer, which must not cost it its speed."""
+    step, found = "GPSA S forward+backward", []
+    for how, build in (
+        ("autocast to bfloat16", _gpsa("S", True, autocast=True)),
+        ("13 x 13", _gpsa("S", True, side=13)),
+        ("input transposed", _gpsa("S", True, transposed=True)),
+    ):
+        found.append(Entry(f"{step} {how}", torch.float32, batch, build))
+    for dtype in (torch.float32, torch.bfloat16):
+        found.append(Entry("patch embedding 768 channels_last", dtype, batch, _patch_embed_last))
+        found.append(
+            Entry("ConViT-small both compiled", dtype, batch, _convit("small", compiled=True))
+        )
     return found
 
 
@@ -177,17 +194,35 @@ def _attention(theirs: nn.Module, ours: nn.Module, x: Tensor, backward: bool) ->
     return Contest({**steps, PRODUCTS: products}, compared, memory=steps)
 
 
-def _gpsa(size: str, backward: bool) -> Callable[[torch.dtype, int], Contest]:
+def _gpsa(
+    size: str,
+    backward: bool,
+    *,
+    side: int = _SIDE,
+    transposed: bool = False,
+    autocast: bool = False,
+) -> Callable[[torch.dtype, int], Contest]:
     def build(dtype: torch.dtype, batch: int) -> Contest:
         from timm.models.convit import GPSA
 
         width, heads = _SIZES[size]
         theirs = _randomized(GPSA(width, heads)).to(dtype)
-        x = torch.randn(batch, _SIDE * _SIDE, width).to(dtype)
+        x = torch.randn(batch, side * side, width).to(dtype)
+        if transposed:
+            x = x.mT.contiguous().mT
         theirs(x)  # makes its cache of positions outside of inference mode
-        return _attention(theirs, fastvit.GPSA.from_module(theirs), x, backward)
+        contest = _attention(theirs, fastvit.GPSA.from_module(theirs), x, backward)
+        if autocast:
+            contest.runs = {LIBRARY: contest.runs[LIBRARY], FASTVIT: contest.runs[FASTVIT]}
+            contest.runs = {name: _autocast(run) for name, run in contest.runs.items()}
+            contest.memory = {}
+        return contest
 
     return build
+
+
+def _autocast(run: Run) -> Run:
+    return torch.autocast("cpu", torch.bfloat16)(run)
 
 
 def _mhsa(size: str) -> Callable[[torch.dtype, int], Contest]:
@@ -252,13 +287,19 @@ def _convolutions(stem: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def _patch_embed(dtype: torch.dtype, batch: int) -> Contest:
+def _patch_embed_last(dtype: torch.dtype, batch: int) -> Contest:
+    return _patch_embed(dtype, batch, torch.channels_last)
+
+
+def _patch_embed(
+    dtype: torch.dtype, batch: int, layout: torch.memory_format = torch.contiguous_format
+) -> Contest:
     from timm.layers import PatchEmbed
 
     theirs = PatchEmbed(224, 16, 3, 768).to(dtype).eval()
     ours = fastvit.PatchEmbed(224, 16, 3, 768).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(batch, 3, 224, 224).to(dtype)
+    x = torch.randn(batch, 3, 224, 224).to(dtype).to(memory_format=layout)
     rows = torch.randn(batch * _SIDE * _SIDE, 768).to(dtype)
     runs = {
         LIBRARY: _forward(theirs, x),
@@ -297,7 +338,7 @@ def _patch_embed_uint8(dtype: torch.dtype, batch: int) -> Contest:
     return Contest(runs, _compare(normalized, ours, Exact(), x))
 
 
-def _convit(size: str) -> Callable[[torch.dtype, int], Contest]:
+def _convit(size: str, compiled: bool = False) -> Callable[[torch.dtype, int], Contest]:
     def build(dtype: torch.dtype, batch: int) -> Contest:
         import timm
 
@@ -307,15 +348,19 @@ def _convit(size: str) -> Callable[[torch.dtype, int], Contest]:
             fastvit.models.load_checkpoint(ours, theirs.state_dict())
             return theirs.to(dtype).eval(), ours.to(dtype).eval()
 
-        theirs, ours = pair(f"convit_{size}", f"convit_{size}")
-        deit, our_deit = pair(f"deit_{size}_patch16_224", f"deit_{size}")
         x = torch.randn(batch, 3, 224, 224).to(dtype)
+        theirs, ours = pair(f"convit_{size}", f"convit_{size}")
+        compared = _compare(theirs, ours, copy.deepcopy(theirs), x)
+        if compiled:
+            both = {LIBRARY: torch.compile(theirs), FASTVIT: torch.compile(ours)}
+            return Contest({name: _forward(m, x) for name, m in both.items()}, compared)
+        deit, our_deit = pair(f"deit_{size}_patch16_224", f"deit_{size}")
         runs = {
             LIBRARY: _forward(theirs, x),
             FASTVIT: _forward(ours, x),
             DEIT: _forward(deit, x),
             FASTVIT_DEIT: _forward(our_deit, x),
         }
-        return Contest(runs, _compare(theirs, ours, copy.deepcopy(theirs), x))
+        return Contest(runs, compared)
 
     return build
