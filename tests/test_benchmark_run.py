@@ -148,7 +148,8 @@ def test_bad_options_are_refused(tmp_path, arguments, message):
 
 
 def test_contests_of_layers(tmp_path):
-    chosen = ("--modules", "patch embedding 768 *float32", "--batch", "1")
+    names = "patch embedding 768 float32,patch embedding 768 uint8 float32"
+    chosen = ("--modules", names, "--batch", "1")
     done = run(tmp_path, "--benchmark", *chosen, "--report", "out", suite="test_modules.py")
     assert done.returncode == 0, done.stdout
     progress = r"\[ 2/2\] patch embedding 768 uint8 float32 batch 1 … \d+\.\d\dx"
