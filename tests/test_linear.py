@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvit import MHSA
 from fastvit.layers.children import project
 from fastvit.models.blocks import Mlp
-from fastvit.ops.linear import linear, linear_gelu, takes_onednn
+from fastvit.ops.linear import linear, onednn_linear, takes_onednn
 from fastvit.testing import assert_agreement
 
 needs_onednn = pytest.mark.skipif(
@@ -25,6 +25,13 @@ needs_onednn = pytest.mark.skipif(
 
 def plain_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As the models' MLP chooses."""
+    if takes_onednn(x, weight, bias):
+        return onednn_linear(x, weight, bias, gelu=True)
+    return plain_gelu(x, weight, bias)
 
 
 def layer(dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:

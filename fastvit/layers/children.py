@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastvit.ops.linear import linear, takes_onednn
+from fastvit.ops.linear import onednn_linear, takes_onednn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -30,7 +30,7 @@ def dropout_rate(dropout: nn.Module) -> float:
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; a plain ``nn.Linear`` that nobody watches in oneDNN where that is faster."""
     if unwatched_linear(layer, x):
-        return linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+        return onednn_linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     return layer(x)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvit.layers import GPSA, MHSA
 from fastvit.layers.children import is_plain, project, unwatched_linear
-from fastvit.ops.linear import linear_gelu
+from fastvit.ops.linear import onednn_linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -79,7 +79,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         exact = is_plain(self.act, nn.GELU) and self.act.approximate == "none"
         if exact and unwatched_linear(self.fc1, x):
-            x = linear_gelu(x, self.fc1.weight, self.fc1.bias)
+            x = onednn_linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
         else:
             x = self.act(self.fc1(x))
         return self.drop2(project(self.fc2, self.drop1(x)))

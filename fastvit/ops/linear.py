@@ -20,15 +20,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bfloat16 without a pass for the bias.
     """
     if takes_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The exact GELU of :func:`linear`. Without gradients in one pass."""
-    if takes_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    return F.gelu(F.linear(x, weight, bias))
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """``F.linear`` and perhaps its exact GELU in one pass, of what :func:`takes_onednn` takes."""
+    activation, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
 @functools.cache
