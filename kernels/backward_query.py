@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of q for any number of tokens, and the statistics of each row of scores that the
+gradients of k and v need.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import (
+    INTERPRETED,
+    LOG2_E,
+    add_product,
+    image_and_head,
+    inner_products,
+    load_rows,
+    scaled,
+    store_rows,
+    zero_rows,
+)
+
+
+@triton.jit
+def backward_query_kernel(
+    grad,
+    q,
+    k,
+    v,
+    gating_param,
+    dq,
+    statistics,
+    content,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    dq_strides,
+    B,
+    H,
+    scale,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    D_CHUNKS: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT_F32: tl.constexpr,
+):
+    """One block of ROWS queries. The keys pass by twice: for the logarithm of the softmax's sum
+    and the mean of dO · v under it, which go into statistics (2, B, H, N); then for dq.
+    """
+    i_b, i_h = image_and_head(B)
+    p_k = k + i_b * k_strides[0] + i_h * k_strides[1]
+    p_v = v + i_b * v_strides[0] + i_h * v_strides[1]
+    o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    p_q = q + i_b * q_strides[0] + i_h * q_strides[1]
+    p_g = grad + i_b * grad_strides[0] + i_h * grad_strides[1]
+    b_q = load_rows(p_q, o_i, q_strides[2], N, D, D_CHUNKS, DOT_F32)
+    b_g = load_rows(p_g, o_i, grad_strides[2], N, D, D_CHUNKS, DOT_F32)
+
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_mean = tl.zeros([ROWS], tl.float32)
+    for start in range(0, N, KEYS):
+        # [ROWS, KEYS]
+        o_j = start + tl.arange(0, KEYS)
+        b_k = load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
+        if N % KEYS != 0:
+            b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
+        b_v = load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_da = inner_products(b_g, b_v, PRECISION)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_e = tl.exp2(b_s - b_base[:, None])
+        b_shrink = tl.exp2(b_max - b_base)
+        b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
+        b_mean = b_mean * b_shrink + tl.sum(b_e * b_da, 1)
+        b_max = b_new
+    b_mean = b_mean / b_sum
+    b_log = b_max + tl.log2(b_sum)
+
+    acc = zero_rows(ROWS, D_CHUNKS)
+    for start in range(0, N, KEYS):
+        # [ROWS, KEYS]
+        o_j = start + tl.arange(0, KEYS)
+        b_k = load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
+        if N % KEYS != 0:
+            b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
+        b_v = load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_da = inner_products(b_g, b_v, PRECISION)
+        b_ds = tl.exp2(b_s - b_log[:, None]) * (b_da - b_mean[:, None])
+        acc = add_product(acc, b_ds, b_k, PRECISION)
+
+    share = 1.0
+    if GATED:
+        share = tl.sigmoid(-tl.load(gating_param + i_h).to(tl.float32))
+        # Rows beyond N have no gradient, so their means are zero.
+        i_part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(content + i_part, tl.sum(b_mean))
+    p_dq = dq + i_b * dq_strides[0] + i_h * dq_strides[1]
+    store_rows(p_dq, scaled(acc, scale * share), o_i, dq_strides[2], N, D, D_CHUNKS)
+    p_log = statistics + (i_b * H + i_h) * N + o_i
+    tl.store(p_log, b_log, mask=o_i < N)
+    tl.store(p_log + tl.cast(B, tl.int64) * H * N, b_mean, mask=o_i < N)
+
+
+def backward_query(grad, q, k, v, gating_param, dq, statistics, content, scale, precision, config):
+    """The gradient of q (B, H, N, d) into dq, and statistics (2, B, H, N) in float32. For GPSA's
+    content term ``content`` (H, B * blocks of rows) gets Σ dO · Oc in parts, before its gate;
+    else both it and ``gating_param`` are None.
+    """
+    B, H, N, D = q.shape
+    backward_query_kernel[(B * H, triton.cdiv(N, config.rows))](
+        grad=grad,
+        q=q,
+        k=k,
+        v=v,
+        gating_param=gating_param,
+        dq=dq,
+        statistics=statistics,
+        content=content,
+        grad_strides=grad.stride()[:3],
+        q_strides=q.stride()[:3],
+        k_strides=k.stride()[:3],
+        v_strides=v.stride()[:3],
+        dq_strides=dq.stride()[:3],
+        B=B,
+        H=H,
+        scale=scale,
+        N=N,
+        D=D,
+        ROWS=config.rows,
+        KEYS=config.keys,
+        D_CHUNKS=config.channels,
+        GATED=gating_param is not None,
+        PRECISION=precision,
+        DOT_F32=INTERPRETED,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        enable_fp_fusion=True,
+    )

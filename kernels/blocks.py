@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: rows of tokens as tuples of tiles, and their products.
+
+Triton's tiles have powers of two as sides. A head of 48 channels is a tuple of tiles 32 and 16
+wide, and 196 keys are tiles of 128, 64 and 16, so that little of them is padding.
+
+The switch ``DOT_F32`` is for Triton's interpreter, whose products of bfloat16 are wrong: with it,
+what is loaded is widened to float32 at once, and stays so.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Whether the kernels of this process run in Triton's interpreter (``TRITON_INTERPRET=1``).
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Exponentials are taken to the base 2, the one that the hardware has.
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def image_and_head(B):
+    """Which image and head a program works on. Programs go through the images of one head before
+    the next, so that neighbours share the head's position table.
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    return i_bh % B, i_bh // B
+
+
+@triton.jit
+def load_rows(
+    p_x,
+    o_n,
+    stride_n,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_CHUNKS: tl.constexpr,
+    DOT_F32: tl.constexpr,
+):
+    """Rows ``o_n`` of x (N, D), zero beyond N and D: one tile for each chunk of the channels."""
+    p_n = p_x + o_n[:, None].to(tl.int64) * stride_n
+    tiles = ()
+    start = 0
+    for c in tl.static_range(len(D_CHUNKS)):
+        # [rows, D_CHUNKS[c]]
+        o_d = start + tl.arange(0, D_CHUNKS[c])
+        b_x = tl.load(p_n + o_d[None, :], mask=(o_n[:, None] < N) & (o_d[None, :] < D), other=0.0)
+        if DOT_F32:
+            b_x = b_x.to(tl.float32)
+        tiles = tiles + (b_x,)
+        start += D_CHUNKS[c]
+    return tiles
+
+
+@triton.jit
+def store_rows(
+    p_x,
+    tiles,
+    o_n,
+    stride_n,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_CHUNKS: tl.constexpr,
+):
+    """The inverse of :func:`load_rows`."""
+    p_n = p_x + o_n[:, None].to(tl.int64) * stride_n
+    start = 0
+    for c in tl.static_range(len(D_CHUNKS)):
+        # [rows, D_CHUNKS[c]]
+        o_d = start + tl.arange(0, D_CHUNKS[c])
+        m_nd = (o_n[:, None] < N) & (o_d[None, :] < D)
+        tl.store(p_n + o_d[None, :], tiles[c].to(p_x.dtype.element_ty), mask=m_nd)
+        start += D_CHUNKS[c]
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D_CHUNKS: tl.constexpr):
+    """Accumulators of ROWS rows."""
+    tiles = ()
+    for c in tl.static_range(len(D_CHUNKS)):
+        tiles = tiles + (tl.zeros([ROWS, D_CHUNKS[c]], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def scaled(tiles, factor):
+    """Every tile times a number or a column."""
+    products = ()
+    for c in tl.static_range(len(tiles)):
+        products = products + (tiles[c] * factor,)
+    return products
+
+
+@triton.jit
+def inner_products(a, b, PRECISION: tl.constexpr):
+    """a bᵀ over all channels: [rows of a, rows of b] in float32."""
+    b_s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for c in tl.static_range(1, len(a)):
+        b_s = tl.dot(a[c], tl.trans(b[c]), b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def add_product(acc, b_w, x, PRECISION: tl.constexpr):
+    """acc + w x for weights w [rows, n], rounded to the dtype of x, and x [n, channels]."""
+    tiles = ()
+    for c in tl.static_range(len(x)):
+        tiles = tiles + (tl.dot(b_w.to(x[c].dtype), x[c], acc[c], input_precision=PRECISION),)
+    return tiles
