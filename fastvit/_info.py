@@ -18,6 +18,7 @@ import torch
 
 from fastvit import _native
 from fastvit._version import __version__
+from fastvit.ops import trust
 from fastvit.ops.backend import availability
 
 
@@ -53,6 +54,9 @@ class Info:
     #: Why there is no compiled module; None if there is one.
     native_problem: str | None
     backends: tuple[BackendStatus, ...]
+    #: What is known of Triton kernels, by specialisation: empty if it agreed with PyTorch here or
+    #: was verified before it was shipped, else what differed; then it is not used.
+    verdicts: dict[str, str]
 
     @property
     def ok(self) -> bool:
@@ -64,7 +68,8 @@ class Info:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), "", *self._backend_table(), *self._check_lines()])
+        tables = [*self._backend_table(), *self._verdict_lines(), *self._check_lines()]
+        return "\n".join([*self._head(), "", *tables])
 
     def _head(self) -> list[str]:
         v, m = self.versions, self.machine
@@ -117,6 +122,17 @@ class Info:
             lines += ["", "why not"]
         return lines + [f"  {s.op}, {s.backend}: {s.reason}" for s in missing]
 
+    def _verdict_lines(self) -> list[str]:
+        if not self.verdicts:
+            return []
+        failed = {key: verdict for key, verdict in self.verdicts.items() if verdict}
+        agreed = len(self.verdicts) - len(failed)
+        lines = ["", f"Triton kernels: {agreed} specialisations agree with PyTorch"]
+        return lines + [
+            f"  {key} failed its check on this machine and is not used: {verdict}"
+            for key, verdict in failed.items()
+        ]
+
     def _check_lines(self) -> list[str]:
         lines = []
         for s in self.backends:
@@ -153,6 +169,7 @@ def info(check: bool = False) -> Info:
         cuda=native.cuda_status() if native else None,
         native_problem=problem,
         backends=backends,
+        verdicts=trust.verdicts(),
     )
 
 

@@ -109,9 +109,7 @@ def gpsa_attention(
     q, k, v = _cast(cast, q, k, v)
     asked = requested(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if choose(Call("gpsa", q.device, q.dtype, dropout_p), asked) == "reference" or (
-        plain_ops_wanted()
-    ):
+    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or (plain_ops_wanted()):
         return _plain(
             reference.gpsa_attention, q, k, v, pos_weight, gating_param, grid_size,
             scale=scale, dropout_p=dropout_p,
@@ -151,9 +149,7 @@ def gpsa_attention_qkpacked(
     cast = autocast_dtype(qk)
     check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
     asked = requested(backend)
-    if choose(Call("gpsa", qk.device, qk.dtype, dropout_p), asked) == "reference" or (
-        plain_ops_wanted()
-    ):
+    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or (plain_ops_wanted()):
         return gpsa_attention(
             q, k, v, pos_weight, gating_param, grid_size,
             scale=scale, dropout_p=dropout_p, backend=backend,
@@ -197,7 +193,7 @@ def attention(
     q, k, v = _cast(cast, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     asked = requested(backend)
-    if choose(Call("mhsa", q.device, q.dtype, dropout_p), asked) == "reference":
+    if choose(_mhsa.call(q, dropout_p), asked) == "reference":
         return _plain(reference.attention, q, k, v, scale=scale, dropout_p=dropout_p)
     return _mhsa.mhsa(q, k, v, scale, dropout_p, asked)
 
@@ -223,7 +219,7 @@ def attention_qkvpacked(
     """
     check_packed("qkv", qkv, 3)
     asked = requested(backend)
-    if choose(Call("mhsa", qkv.device, qkv.dtype, dropout_p), asked) == "reference":
+    if choose(_mhsa.call(qkv, dropout_p), asked) == "reference":
         q, k, v = unpack_heads(qkv)
         return attention(q, k, v, scale=scale, dropout_p=dropout_p, backend=backend)
     check_probability("dropout_p", dropout_p)

@@ -28,11 +28,11 @@ class _Case(NamedTuple):
 
 
 _CASES = {
-    # 3 heads of 11 channels on a grid of 3 x 5
+    # 3 heads of 24 channels on a grid of 3 x 5
     "gpsa": _Case(
-        lambda name: GPSA(33, 3, qkv_bias=True, grid_size=(3, 5), backend=name), (2, 15, 33)
+        lambda name: GPSA(72, 3, qkv_bias=True, grid_size=(3, 5), backend=name), (2, 15, 72)
     ),
-    "mhsa": _Case(lambda name: MHSA(33, 3, qkv_bias=True, backend=name), (2, 17, 33)),
+    "mhsa": _Case(lambda name: MHSA(72, 3, qkv_bias=True, backend=name), (2, 17, 72)),
     "conv_stem": _Case(
         lambda name: ConvStem(3, (7, 12), (2, 2), embed_dim=10, backend=name), (2, 3, 21, 19)
     ),

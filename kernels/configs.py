@@ -110,12 +110,17 @@ def _forward_tile(p: Problem) -> Config | None:
     resident = p.images * p.heads >= 2 * _MULTIPROCESSORS[p.arch]
     if p.channels > 64 or (p.tokens > 208 and not resident):
         return None
-    keys = pieces(p.tokens) if p.tokens <= 208 else (256,)
+    # A whole tile of scores comes out of tensor memory at once, beside the others.
+    largest = 64 if p.arch == "sm_100" else 256
+    keys = pieces(p.tokens, largest) if p.tokens <= 208 else (256,)
     prefetches = resident and p.arch == "sm_90" and p.tokens <= 208
+    # Heads that are no multiple of 16 are read with masks, which take registers.
+    masked = p.channels % 16 != 0
     return Config(
         rows=64,
         keys=keys,
-        channels=pieces(p.channels),
+        channels=(_power(p.channels),) if masked else pieces(p.channels),
+        warps=8 if p.arch == "sm_100" and (masked or p.tokens > 208) else 4,
         stages=2 if prefetches else 1,
         resident=resident,
     )
@@ -128,7 +133,8 @@ def _backward_tile(p: Problem) -> Config | None:
         return None
     keys = max(64, _power(p.tokens))
     return Config(
-        rows=16 if keys == 128 else 32,
+        # Masks take registers here, too.
+        rows=16 if keys == 128 or p.channels % 16 else 32,
         keys=keys,
         channels=pieces(p.channels),
         warps=8 if keys > 128 else 4,
@@ -137,11 +143,20 @@ def _backward_tile(p: Problem) -> Config | None:
 
 
 def _query(p: Problem) -> Config:
-    return _stream(p, rows=64, keys=64 if p.arch in _FROM_SHARED_MEMORY else 32)
+    if p.arch == "sm_120" and p.channels <= 64:
+        return _stream(p, rows=32, keys=64)
+    # 64 keys of a wide head would spill.
+    narrow = p.arch not in _FROM_SHARED_MEMORY or (p.arch == "sm_100" and p.channels > 64)
+    return _stream(p, rows=64, keys=32 if narrow else 64)
 
 
 def _key(p: Problem) -> Config:
-    return _stream(p, rows=32, keys=64)
+    # Two gradients are summed up here, so the tiles that would not spill are smaller.
+    if p.arithmetic != "half":
+        narrow = {"rows": 16, "keys": 32 if p.arithmetic == "tf32" else 16}
+        return _stream(p, rows=32, keys=32)._replace(**narrow)
+    wide = p.arch in _FROM_SHARED_MEMORY or p.channels <= 64
+    return _stream(p, rows=32, keys=64 if wide else 32)
 
 
 def _stream(p: Problem, rows: int, keys: int) -> Config:
@@ -167,9 +182,12 @@ def _kronecker(p: Problem) -> Config:
 
 def _factor_gradient(p: Problem) -> Config:
     # Two blocks for each multiprocessor.
-    groups = max(1, min(p.images, 2 * _MULTIPROCESSORS[p.arch] // p.heads))
+    groups = max(1, min(p.images, 2 * _MULTIPROCESSORS[p.arch] // max(1, p.heads)))
     if p.arithmetic == "half":
-        return Config(channels=(8,), warps=4 if max(p.grid or ()) <= 16 else 8, groups=groups)
+        # Tiles of 32 spill in 4 warps, those of 64 in tensor memory in 8.
+        side = max(p.grid or ())
+        few = side <= 16 or (side > 32 and p.arch == "sm_100")
+        return Config(channels=(8,), warps=4 if few else 8, groups=groups)
     if p.arithmetic == "tf32":
         return Config(channels=(4,), warps=8, groups=groups)
     return Config(channels=(2,), warps=4, groups=groups)

@@ -141,7 +141,7 @@ def forward_tile_kernel(
         start += KEYS[t]
 
     if RESIDENT:
-        for i_r in range(0, tl.cdiv(N, ROWS)):
+        for i_r in range(tl.cdiv(N, ROWS)):
             _mixed_rows(
                 p_q, p_v, p_table, p_out, b_k, b_v, i_r * ROWS + tl.arange(0, ROWS),
                 q_strides[2], v_strides[2], out_strides[2], scale, gate, share,

@@ -62,7 +62,7 @@ def factor_gradient_kernel(
     for i_b in range(i_g, B, GROUPS):
         p_g = grad + tl.cast(i_b, tl.int64) * grad_strides[0] + i_h * grad_strides[1]
         p_v = v + tl.cast(i_b, tl.int64) * v_strides[0] + i_h * v_strides[1]
-        for i_d in range(0, tl.cdiv(D, CHANNELS)):
+        for i_d in range(tl.cdiv(D, CHANNELS)):
             # [TILE_X, (jy, channels)] and [TILE_Y, (ix, channels)]
             b_v = load_grid(
                 p_v, o_jx, i_y * BLOCK, i_d, stride_vn, GW * stride_vn,
@@ -91,7 +91,7 @@ def _total(p_x, COUNT, TILE: tl.constexpr):
     """The sum of COUNT squares (TILE, TILE) in a row."""
     o = tl.arange(0, TILE)
     b_sum = tl.zeros([TILE, TILE], tl.float32)
-    for i in range(0, COUNT):
+    for i in range(COUNT):
         b_sum += tl.load(p_x + i * TILE * TILE + o[:, None] * TILE + o[None, :])
     return b_sum
 

@@ -128,7 +128,7 @@ def test_a_comparison_covers_output_and_gradients_by_a_tight_measure(op):
 
 
 def wrong_layer(name):
-    layer = fastvit.MHSA(33, 3, qkv_bias=True, backend=name)
+    layer = fastvit.MHSA(72, 3, qkv_bias=True, backend=name)
     if name == "torch":
         layer.register_forward_hook(lambda module, inputs, output: output * 1.0001)
     return layer
@@ -137,7 +137,7 @@ def wrong_layer(name):
 def failing_layer(name):
     if name == "torch":
         raise RuntimeError("the compiler of the kernel gave up")
-    return fastvit.MHSA(33, 3, qkv_bias=True, backend=name)
+    return fastvit.MHSA(72, 3, qkv_bias=True, backend=name)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ OPS = ("gpsa", "mhsa", "conv_stem", "patch_embed")
 PREFERENCE = ("native", "triton", "torch", "reference")
 
 
+#: What the Triton kernels of attention take.
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_CHANNELS = range(16, 129, 8)
+_TRITON_SIDE = 64
+
+
 class Call(NamedTuple):
     """What the choice of a backend may depend on."""
 
@@ -27,6 +34,9 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     dropout_p: float = 0.0
+    #: Channels of a head, and the sides of the grid; None in a question about any call.
+    channels: int | None = None
+    grid_size: tuple[int, int] | None = None
 
 
 def nearest(name: str, names: Iterator[str] | tuple[str, ...] | list[str]) -> str:
@@ -108,14 +118,56 @@ def requested(name: str | None) -> str:
 def refusal(call: Call, name: str) -> str | None:
     """Why backend ``name`` does not run ``call``, or None if it does."""
     if name == "triton":
-        return f"this version of fastvit has no Triton kernel for {call.op}"
+        return _triton_refusal(call)
     if name == "native":
         return f"this version of fastvit has no native kernel for {call.op}"
     if name == "torch" and call.op == "gpsa" and call.dropout_p > 0.0:
+        return _dropout_refusal(call)
+    return None
+
+
+def _dropout_refusal(call: Call) -> str:
+    return (
+        f"attention dropout ({call.dropout_p}) acts on the attention map, "
+        "which only the reference backend forms"
+    )
+
+
+def _triton_refusal(call: Call) -> str | None:
+    if call.op not in ("gpsa", "mhsa"):
+        return f"this version of fastvit has no Triton kernel for {call.op}"
+    if call.dropout_p > 0.0:
+        return _dropout_refusal(call)
+    if call.dtype not in _TRITON_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TRITON_DTYPES)
+        got = str(call.dtype).removeprefix("torch.")
+        return f"the Triton kernels take {names}, and the tokens are {got}"
+    if call.channels is not None and call.channels not in _TRITON_CHANNELS:
         return (
-            f"attention dropout ({call.dropout_p}) acts on the mixed attention map, "
-            "which only the reference backend forms"
+            "the Triton kernels take heads of 16 to 128 channels in steps of 8, "
+            f"and these have {call.channels}"
         )
+    if call.grid_size is not None and max(call.grid_size) > _TRITON_SIDE:
+        rows, columns = call.grid_size
+        return f"the Triton kernels take grids up to 64 x 64, and this one is {rows} x {columns}"
+    return _triton_absence(call.device.type, call.device.index)
+
+
+# A trace takes the answer as it is: nothing in it depends on the traced tensors.
+@torch.compiler.assume_constant_result
+def _triton_absence(device_type: str, index: int | None) -> str | None:
+    """Why this machine runs no Triton kernel on a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's builds for NVIDIA GPUs"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device_type != "cuda" or torch.version.hip is not None:
+        return f"Triton kernels run on NVIDIA GPUs, and the tensors are on {device_type}"
+    if not torch.cuda.is_available():
+        return "CUDA is not available in this process"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the Triton kernels need compute capability 8.0 or later, got {major}.{minor}"
     return None
 
 
@@ -126,13 +178,18 @@ def choose(call: Call, name: str) -> str:
         RuntimeError: ``name`` was asked for and does not run it; the message has the reason.
     """
     if name == AUTO:
-        return next(b for b in PREFERENCE if refusal(call, b) is None)
+        return next(b for b in PREFERENCE if refusal(call, b) is None and not _is_slow(call, b))
     reason = refusal(call, name)
     if reason is not None:
         raise RuntimeError(
             f"backend: {name!r} was asked for, but {reason}; backend='auto' takes one that can"
         )
     return name
+
+
+def _is_slow(call: Call, name: str) -> bool:
+    """Whether ``auto`` passes over a backend that could: the interpreter is for tests."""
+    return name == "triton" and call.device.type != "cuda"
 
 
 class Availability(NamedTuple):

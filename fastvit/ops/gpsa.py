@@ -22,8 +22,10 @@ from fastvit.ops.library import SingleBackward, differentiable, register, regist
 from fastvit.ops.tokens import like_heads, like_packed, unpack_heads
 from fastvit.ops.vmap import over_more_heads
 
-_FORWARD = {"torch": gpsa_torch.forward}
-_BACKWARD = {"torch": gpsa_torch.backward}
+
+def call(q: Tensor, grid_size: tuple[int, int], dropout_p: float = 0.0) -> Call:
+    """What the choice of a backend depends on."""
+    return Call("gpsa", q.device, q.dtype, dropout_p, q.shape[-1], grid_size)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> Tensor:
@@ -46,8 +48,16 @@ def _gpsa_forward(
     scale: float,
     backend: str,
 ) -> Tensor:
-    implementation = _FORWARD[choose(Call("gpsa", q.device, q.dtype), backend)]
-    return implementation(q, k, v, pos_weight, gating_param, (rows, columns), scale)
+    grid_size = (rows, columns)
+    if choose(call(q, grid_size), backend) == "triton":
+        # Only here, since importing Triton takes time.
+        from fastvit.ops import gpsa_triton
+        from fastvit.ops.gpsa_trust import trusted_plan
+
+        plan = trusted_plan("forward", q, grid_size, backend)
+        if plan is not None:
+            return gpsa_triton.forward(q, k, v, pos_weight, gating_param, grid_size, scale, plan)
+    return gpsa_torch.forward(q, k, v, pos_weight, gating_param, grid_size, scale)
 
 
 def _fake_backward(
@@ -80,8 +90,18 @@ def _gpsa_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    implementation = _BACKWARD[choose(Call("gpsa", q.device, q.dtype), backend)]
-    return implementation(grad, q, k, v, pos_weight, gating_param, (rows, columns), scale)
+    grid_size = (rows, columns)
+    if choose(call(q, grid_size), backend) == "triton":
+        # Only here, since importing Triton takes time.
+        from fastvit.ops import gpsa_triton
+        from fastvit.ops.gpsa_trust import trusted_plan
+
+        plan = trusted_plan("backward", q, grid_size, backend)
+        if plan is not None:
+            return gpsa_triton.backward(
+                grad, q, k, v, pos_weight, gating_param, grid_size, scale, plan
+            )
+    return gpsa_torch.backward(grad, q, k, v, pos_weight, gating_param, grid_size, scale)
 
 
 _PARAMETERS = ("pos_weight", "gating_param")

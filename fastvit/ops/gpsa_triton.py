@@ -47,7 +47,8 @@ def plan(direction: str, q: Tensor, grid_size: Grid | None) -> Plan:
     # As PyTorch's switch says.
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     arithmetic = precision if q.dtype == torch.float32 else "half"
-    problem = configs.Problem(arch, arithmetic, *q.shape, grid=grid_size)
+    B, H, N, d = q.shape
+    problem = configs.Problem(arch, arithmetic, B, H, N, d, grid_size)
     return Plan(arch, precision, getattr(configs, direction)(problem))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain attention as an op in half precision on processors, where PyTorch's own takes twice as long
-in the backward; elsewhere PyTorch's, which keeps its statistics and need not compute them again.
+"""Plain attention as an op: in half precision on processors, where PyTorch's own takes twice as
+long in the backward, and by the Triton kernels where they are asked for. Elsewhere PyTorch's, which
+keeps its statistics and need not compute them again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import reference
+from fastvit.ops import mhsa_torch
 from fastvit.ops.backend import Call, choose
-from fastvit.ops.content import content_gradients, contents
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
@@ -29,24 +30,9 @@ from fastvit.ops.vmap import over_more_heads
 _FEWEST_TOKENS = 16
 
 
-def _torch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    out = like_heads(q)
-    for content in contents(q, k, v, scale):
-        out[content.where] = content.out
-    return out
-
-
-def _torch_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The gradients of q, k and v as (B, N, 3, H, d)."""
-    dqkv = like_packed(q, 3)
-    dq, dk, dv = unpack_heads(dqkv)
-    for tile in content_gradients(grad, q, k, v, scale):
-        dq[tile.where], dk[tile.where], dv[tile.where] = tile.dq, tile.dk, tile.dv
-    return dqkv
-
-
-_FORWARD = {"torch": _torch_forward}
-_BACKWARD = {"torch": _torch_backward}
+def call(x: Tensor, dropout_p: float = 0.0) -> Call:
+    """What the choice of a backend depends on, for q or a packed projection."""
+    return Call("mhsa", x.device, x.dtype, dropout_p, x.shape[-1])
 
 
 @register(
@@ -54,7 +40,15 @@ _BACKWARD = {"torch": _torch_backward}
     lambda q, *_: like_heads(q),
 )
 def _mhsa_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    return _FORWARD[choose(Call("mhsa", q.device, q.dtype), backend)](q, k, v, scale)
+    if choose(call(q), backend) == "triton":
+        # Only here, since importing Triton takes time.
+        from fastvit.ops import gpsa_triton
+        from fastvit.ops.gpsa_trust import trusted_plan
+
+        plan = trusted_plan("forward", q, None, backend)
+        if plan is not None:
+            return gpsa_triton.attention_forward(q, k, v, scale, plan)
+    return mhsa_torch.forward(q, k, v, scale)
 
 
 @register(
@@ -64,7 +58,15 @@ def _mhsa_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -
 def _mhsa_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
 ) -> Tensor:
-    return _BACKWARD[choose(Call("mhsa", q.device, q.dtype), backend)](grad, q, k, v, scale)
+    if choose(call(q), backend) == "triton":
+        # Only here, since importing Triton takes time.
+        from fastvit.ops import gpsa_triton
+        from fastvit.ops.gpsa_trust import trusted_plan
+
+        plan = trusted_plan("backward", q, None, backend)
+        if plan is not None:
+            return gpsa_triton.attention_backward(grad, q, k, v, scale, plan)
+    return mhsa_torch.backward(grad, q, k, v, scale)
 
 
 class _MHSABackward(SingleBackward):
@@ -135,7 +137,7 @@ _packed = differentiable(_PackedMHSA)(_packed_forward)
 
 def mhsa(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
     """(B, H, N, d) three times to (B, H, N, d)."""
-    if _is_op(q, dropout_p):
+    if _is_op(q, dropout_p, backend):
         return _separate(q, k, v, scale, backend)
     if q.shape[2] < _FEWEST_TOKENS:
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
@@ -144,14 +146,19 @@ def mhsa(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, backen
 
 def mhsa_qkvpacked(qkv: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
     """(B, N, 3, H, d) to (B, H, N, d)."""
-    if _is_op(qkv, dropout_p):
+    if _is_op(qkv, dropout_p, backend):
         return _packed(qkv, scale, backend)
     q, k, v = unpack_heads(qkv)
     return mhsa(q, k, v, scale, dropout_p, backend)
 
 
-def _is_op(x: Tensor, dropout_p: float) -> bool:
-    if x.device.type != "cpu" or x.dtype == wide(x.dtype) or dropout_p > 0.0 or plain_ops_wanted():
+def _is_op(x: Tensor, dropout_p: float, backend: str) -> bool:
+    if dropout_p > 0.0 or plain_ops_wanted():
+        return False
+    # Until kernels have been measured against PyTorch's on a GPU, they run if asked for.
+    if backend == "triton":
+        return True
+    if x.device.type != "cpu" or x.dtype == wide(x.dtype):
         return False
     # A counter of flops knows PyTorch's attention and not ours.
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton kernels of GPSA and plain attention must show before ``auto`` takes them.
+
+Small inputs of the same sizes and the same launch configurations as the call, computed on the GPU
+and, by PyTorch's operators, on the processor in float64 and in the call's dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+import fastvit.kernels
+from fastvit.kernels import configs
+from fastvit.kernels.kronecker import padded
+from fastvit.ops import gpsa_torch, gpsa_triton, mhsa_torch, trust
+from fastvit.ops.gpsa_triton import Grid, Plan
+from fastvit.ops.trust import Candidate, source_hash
+from fastvit.testing import CANCELLING, Agreement, agreement
+
+_IMAGES, _HEADS = 2, 3
+
+
+def trusted_plan(direction: str, q: Tensor, grid_size: Grid | None, asked: str) -> Plan | None:
+    """The kernels to run in the "forward" or "backward" of q, or None if they are not trusted.
+
+    Raises:
+        RuntimeError: they failed their check, and were ``asked`` for by name.
+    """
+    plan = gpsa_triton.plan(direction, q, grid_size)
+    if not trust.needs_proof(q.device):
+        return plan
+    return plan if trust.trusts(_candidate(direction, plan, q, grid_size), asked) else None
+
+
+def _candidate(direction: str, plan: Plan, q: Tensor, grid_size: Grid | None) -> Candidate:
+    """The kernels of ``plan`` for q (B, H, N, d); plain attention without a grid."""
+    op = "mhsa" if grid_size is None else "gpsa"
+    N, d = q.shape[2:]
+    tokens, grid = _small(N, grid_size)
+    capability = "interpreter"
+    if q.device.type == "cuda":
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
+    # Groups only say how a sum is cut, and change with the number of heads.
+    kernels = {name: config._replace(groups=0) for name, config in plan.kernels.items()}
+    size = f"N={tokens}" if grid is None else "grid={}x{}".format(*grid)
+    version = ".".join(triton.__version__.split(".")[:2])
+    dtype = str(q.dtype).removeprefix("torch.")
+    arithmetic = f"{dtype},{plan.precision}" if q.dtype == torch.float32 else dtype
+    launch = ",".join(f"{name}{tuple(config)}".replace(" ", "") for name, config in kernels.items())
+    key = f"{op}/{direction}/{arithmetic}/d={d}/{size}/{launch}/{_hash()}/{capability}/{version}"
+    check = functools.partial(_check, op, direction, plan, q.device, q.dtype, tokens, d, grid)
+    return Candidate(key, check)
+
+
+def _small(N: int, grid_size: Grid | None) -> tuple[int, Grid | None]:
+    """Sizes for the check: the call's where a row of scores is one tile, else the smallest that
+    take the same tiles.
+    """
+    if N <= configs.TILE_TOKENS:
+        return N, grid_size
+    if grid_size is None:
+        return 257, None
+    rows, columns = (side if side <= 16 else padded(side) // 2 + 1 for side in grid_size)
+    return rows * columns, (rows, columns)
+
+
+@functools.cache
+def _hash() -> str:
+    folder = Path(fastvit.kernels.__file__).parent
+    return source_hash(*folder.glob("*.py"), Path(gpsa_triton.__file__))
+
+
+def _inputs(dtype: torch.dtype, tokens: int, channels: int, gated: bool) -> list[Tensor]:
+    """grad, q, k, v and, gated, pos_weight and gating_param, rounded to ``dtype``."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_IMAGES, tokens, _HEADS, channels)
+    drawn = [torch.randn(shape, generator=generator).transpose(1, 2) for _ in range(4)]
+    if gated:
+        pos_weight = 0.3 * torch.randn(_HEADS, 3, generator=generator)
+        # A head that looks near its own place, as trained ones do, and gates open, half and shut.
+        pos_weight[:, 2] = -pos_weight[:, 2].abs()
+        drawn += [pos_weight, torch.tensor([4.0, 0.5, -4.0])]
+    return [x.to(dtype) for x in drawn]
+
+
+class _Pair(NamedTuple):
+    """The kernels and PyTorch's operators of an op, and the names of their results."""
+
+    kernels: Callable[..., Any]
+    operators: Callable[..., Any]
+    results: tuple[str, ...]
+
+
+_PAIRS = {
+    ("gpsa", "forward"): _Pair(gpsa_triton.forward, gpsa_torch.forward, ("out",)),
+    ("gpsa", "backward"): _Pair(
+        gpsa_triton.backward, gpsa_torch.backward, ("dqk", "dv", "dpos_weight", "dgating_param")
+    ),
+    ("mhsa", "forward"): _Pair(gpsa_triton.attention_forward, mhsa_torch.forward, ("out",)),
+    ("mhsa", "backward"): _Pair(gpsa_triton.attention_backward, mhsa_torch.backward, ("dqkv",)),
+}
+
+
+def _check(
+    op: str,
+    direction: str,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    channels: int,
+    grid: Grid | None,
+) -> Iterator[Agreement]:
+    kernels, operators, names = _PAIRS[op, direction]
+    inputs = _inputs(dtype, tokens, channels, grid is not None)
+    if direction == "forward":
+        inputs = inputs[1:]
+    sizes = (channels**-0.5,) if grid is None else (grid, channels**-0.5)
+    found = [
+        kernels(*(x.to(device) for x in inputs), *sizes, plan),
+        operators(*inputs, *sizes),
+        operators(*(x.double() for x in inputs), *sizes),
+    ]
+    columns = ([x] if isinstance(x, Tensor) else x for x in found)
+    for name, actual, reference, expected in zip(names, *columns, strict=True):
+        floor = CANCELLING if name in ("dpos_weight", "dgating_param") else 0.0
+        yield agreement(actual.cpu(), reference, expected, name=name, floor=floor)

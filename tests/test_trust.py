@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel proves itself before ``auto`` takes it. The interpreter stands for a GPU here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastvit
+from fastvit.functional import attention, gpsa_attention
+from fastvit.ops import backend, trust
+from fastvit.testing import Agreement
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastvit.ops import gpsa_triton
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter stands for a GPU here"
+)
+
+GRID, N = (3, 4), 12
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Let ``auto`` take the interpreter as it takes a GPU; the cache's file, not yet there."""
+    monkeypatch.setattr(backend, "_is_slow", lambda call, name: False)
+    monkeypatch.setattr(trust, "needs_proof", lambda device: True)
+    monkeypatch.setenv("FASTVIT_CACHE", str(tmp_path / "cache"))
+    trust.forget()
+    yield tmp_path / "cache" / "verdicts.json"
+    trust.forget()
+
+
+def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = [(2, 2, N, 16)] * 3 + [(2, 3), (2,)]
+    return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+
+def run(inputs: list[Tensor], backend: str = "auto") -> list[Tensor]:
+    out = gpsa_attention(*inputs, GRID, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+
+
+def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make a launcher's kernel write numbers that are off by one in a hundred."""
+    launcher, calls = getattr(gpsa_triton, name), []
+
+    def launch(*args: object) -> object:
+        found = launcher(*args)
+        calls.append(name)
+        for x in args:
+            # The results of both launchers that are broken here are the last tensors.
+            if isinstance(x, Tensor):
+                last = x
+        last.mul_(1.01)
+        return found
+
+    monkeypatch.setattr(gpsa_triton, name, launch)
+    return calls
+
+
+def test_a_kernel_that_agrees_is_taken_and_remembered(gpu: Path) -> None:
+    inputs = leaves()
+    run(inputs)
+    verdicts = json.loads(gpu.read_text())
+    forward, backward = sorted(verdicts, key=lambda key: "backward" in key)
+    assert forward.startswith("gpsa/forward/float32,ieee/d=16/grid=3x4/position_factors(")
+    assert backward.startswith("gpsa/backward/float32,ieee/d=16/grid=3x4/")
+    assert set(verdicts.values()) == {""}
+    assert trust.verified_here() == verdicts
+    # A new process reads it and checks nothing again.
+    trust.forget()
+    run(inputs)
+    assert trust.verified_here() == {}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_broken_kernel_is_caught_and_not_used(
+    direction: str, gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = leaves()
+    expected = run(inputs, "torch")
+    calls = broken("forward_stream" if direction == "forward" else "backward_key", monkeypatch)
+    with pytest.warns(RuntimeWarning, match=rf"gpsa/{direction}/.* DISAGREES: error ") as caught:
+        found = run(inputs)
+    assert len(caught) == 1
+    assert calls, "the check did not run the kernel"
+    checked = len(calls)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(inputs)
+    assert len(calls) == checked, "the broken kernel was launched after its check"
+    # Whoever asks for it by name is told, and so is whoever asks what runs here.
+    with pytest.raises(RuntimeError, match="'triton' was asked for, but its kernel failed"):
+        run(inputs, "triton")
+    (failed,) = (key for key, verdict in trust.verdicts().items() if verdict)
+    assert failed.split("/")[1] == direction
+    found = fastvit.info()
+    assert found.to_dict()["verdicts"] == trust.verdicts()
+    assert f"{failed} failed its check on this machine and is not used: " in str(found)
+
+
+def test_a_kernel_that_raises_is_not_used(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*args: object) -> None:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(gpsa_triton, "forward_stream", launch)
+    inputs = leaves()
+    with pytest.warns(RuntimeWarning, match="RuntimeError: out of resources"):
+        found = gpsa_attention(*inputs, GRID)
+    torch.testing.assert_close(found, gpsa_attention(*inputs, GRID, backend="torch"))
+
+
+def test_every_size_and_dtype_proves_itself(gpu: Path) -> None:
+    inputs = [x.detach() for x in leaves()]
+    gpsa_attention(*inputs, GRID)
+    gpsa_attention(*inputs, (4, 3))
+    gpsa_attention(*(x.half() for x in inputs), GRID)
+    attention(*inputs[:3], backend="triton")
+    keys = list(trust.verified_here())
+    assert [key.split("/")[0] for key in keys] == ["gpsa", "gpsa", "gpsa", "mhsa"]
+    assert len(set(keys)) == 4
+    # More images are no other specialisation.
+    gpsa_attention(*(x.repeat(3, 1, 1, 1) if x.ndim == 4 else x for x in inputs), GRID)
+    assert list(trust.verified_here()) == keys
+
+
+def test_what_the_package_ships_as_verified_is_not_checked(
+    gpu: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inputs = leaves()
+    run(inputs)
+    shipped = tmp_path / "verified.json"
+    shipped.write_text(json.dumps({key: {"gpu": "H200"} for key in trust.verified_here()}))
+    gpu.unlink()
+    trust.forget()
+    monkeypatch.setattr(trust, "_VERIFIED", shipped)
+    run(inputs)
+    assert trust.verified_here() == {}
+    assert not gpu.exists()
+
+
+def test_a_change_of_the_sources_is_another_specialisation(tmp_path: Path) -> None:
+    file = tmp_path / "kernel.py"
+    file.write_text("a")
+    first = trust.source_hash(file)
+    assert trust.source_hash(file) == first
+    file.write_text("b")
+    assert trust.source_hash(file) != first
+
+
+def test_a_capture_takes_what_is_known(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check copies to the host, so an unknown kernel is not tried while a graph is captured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    candidate = trust.Candidate("op/unknown", lambda: pytest.fail("checked during a capture"))
+    assert not trust.trusts(candidate, "auto")
+    assert trust.trusts(candidate, "triton")
+    assert trust.verified_here() == {}
+
+
+def test_a_cache_that_cannot_be_written(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.parent.mkdir(parents=True)
+    (gpu.parent / "file").write_text("")
+    monkeypatch.setenv("FASTVIT_CACHE", str(gpu.parent / "file"))
+    ran = []
+
+    def check() -> list[Agreement]:
+        ran.append(1)
+        return [Agreement("out", 0.0, 0.0, 1.0)]
+
+    for _ in range(2):
+        assert trust.trusts(trust.Candidate("op/key", check), "auto")
+    assert ran == [1]
+
+
+def test_a_damaged_cache_is_begun_again(gpu: Path) -> None:
+    gpu.parent.mkdir(parents=True)
+    gpu.write_text('{"cut off')
+    assert trust.trusts(trust.Candidate("op/key", list), "auto")
+    assert json.loads(gpu.read_text()) == {"op/key": ""}
+
+
+def test_many_processes_share_a_cache(gpu: Path) -> None:
+    """Readers always find a whole file."""
+    code = "from fastvit.ops import trust; [trust._add_to_cache('op/{}', '') for _ in range(50)]"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code.format(i)], cwd=gpu.parent.parent)
+        for i in range(2)
+    ]
+    while any(writer.poll() is None for writer in writers):
+        if gpu.exists():
+            assert set(json.loads(gpu.read_text())) <= {"op/0", "op/1"}
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert not list(gpu.parent.glob("*.tmp"))
