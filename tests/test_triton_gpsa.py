@@ -366,9 +366,12 @@ def test_packed_attention_gives_one_gradient(launches) -> None:
 def test_the_registered_ops(op: str, direction: str, dtype: torch.dtype, images: int) -> None:
     """Schema, fake and strides are those of the kernels."""
     inputs = problem(2, 2, 6, 16, dtype, gated=op == "gpsa")
-    arguments: list[object] = [x[:images] if x.ndim == 4 else x for x in inputs.values()]
+    if images == 0:
+        # Contiguous, since opcheck cannot copy an empty view that begins inside its storage.
+        inputs = {n: x[:0].contiguous() if x.ndim == 4 else x for n, x in inputs.items()}
+    arguments: list[object] = list(inputs.values())
     if direction == "backward":
-        arguments.insert(0, torch.randn(inputs["q"].shape).to(inputs["q"])[:images])
+        arguments.insert(0, torch.randn(inputs["q"].shape).to(inputs["q"]))
     arguments += [2, 3] if op == "gpsa" else []
     torch.library.opcheck(
         getattr(torch.ops.fastvit, f"_{op}_{direction}").default, (*arguments, 0.25, "triton")
