@@ -7,6 +7,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+OLD_TRITON := $(VENV)/triton-3.6
 CONSTRAINTS := requirements/tested.txt
 # What the installed package is made from.
 SOURCES := setup.py CMakeLists.txt pyproject.toml README.md \
@@ -21,6 +22,8 @@ help:
 	@echo "make test      environment, install, lint, tests, and one quick pass over bench/"
 	@echo "make bench     environment, install, and the table of times per epoch; for example"
 	@echo "               make bench ARGS='--rows ConViT-S --steps 10 --report out'"
+	@echo "make gpu       check and measure on this GPU, offline, with PYTHON as it is; STAGE=, OUT=, DRY=1"
+	@echo "make resources compile the Triton kernels for every architecture, update the tables of it"
 	@echo "make install   environment and install only: $(BIN)/fastvit info"
 	@echo "make lint      ruff, mypy on the installed package, clang-format"
 	@echo "make format    rewrite the sources as lint wants them"
@@ -64,14 +67,32 @@ lint: install
 		--cache-dir '$(CURDIR)/.mypy_cache' --package fastvit
 
 .PHONY: test
-test: lint
+test: lint $(OLD_TRITON)/.created
 	$(BIN)/fastvit info
 	$(BIN)/pytest tests $(ARGS)
+	$(OLD_TRITON)/bin/python bench/resources.py --check
 	$(BIN)/pytest bench
+
+# The oldest Triton that is supported, alone: the check for the installed one is among the tests.
+$(OLD_TRITON)/.created: $(VENV)/.created
+	$(PYTHON) -m venv --clear $(OLD_TRITON)
+	$(OLD_TRITON)/bin/python -m pip install triton==3.6.0
+	@touch $@
+
+.PHONY: resources
+resources: install $(OLD_TRITON)/.created
+	$(BIN)/python bench/resources.py --write
+	$(OLD_TRITON)/bin/python bench/resources.py --write
 
 .PHONY: bench
 bench: install
 	$(BIN)/pytest bench/ --benchmark $(ARGS)
+
+# No environment is made: GPU machines often have no network, and a PyTorch of their own.
+.PHONY: gpu
+gpu:
+	$(PYTHON) bench/gpu $(addprefix --stage ,$(STAGE)) $(if $(OUT),--out '$(OUT)') \
+		$(if $(DRY),--dry)
 
 .PHONY: format
 format: install

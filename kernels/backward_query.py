@@ -13,10 +13,12 @@ from .blocks import (
     LOG2_E,
     add_product,
     image_and_head,
+    in_units,
     inner_products,
     load_rows,
     scaled,
     store_rows,
+    stride_unit,
     zero_rows,
 )
 
@@ -39,6 +41,7 @@ def backward_query_kernel(
     B,
     H,
     scale,
+    UNIT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -52,13 +55,13 @@ def backward_query_kernel(
     and the mean of dO · v under it, which go into statistics (2, B, H, N); then for dq.
     """
     i_b, i_h = image_and_head(B)
-    p_k = k + i_b * k_strides[0] + i_h * k_strides[1]
-    p_v = v + i_b * v_strides[0] + i_h * v_strides[1]
+    p_k = k + (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    p_v = v + (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
     o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    p_q = q + i_b * q_strides[0] + i_h * q_strides[1]
-    p_g = grad + i_b * grad_strides[0] + i_h * grad_strides[1]
-    b_q = load_rows(p_q, o_i, q_strides[2], N, D, D_CHUNKS, DOT_F32)
-    b_g = load_rows(p_g, o_i, grad_strides[2], N, D, D_CHUNKS, DOT_F32)
+    p_q = q + (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    p_g = grad + (i_b * grad_strides[0] + i_h * grad_strides[1]) * UNIT
+    b_q = load_rows(p_q, o_i, q_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
+    b_g = load_rows(p_g, o_i, grad_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
@@ -66,11 +69,11 @@ def backward_query_kernel(
     for start in range(0, N, KEYS):
         # [ROWS, KEYS]
         o_j = start + tl.arange(0, KEYS)
-        b_k = load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_k = load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
         if N % KEYS != 0:
             b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
-        b_v = load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_v = load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_da = inner_products(b_g, b_v, PRECISION)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -86,11 +89,11 @@ def backward_query_kernel(
     for start in range(0, N, KEYS):
         # [ROWS, KEYS]
         o_j = start + tl.arange(0, KEYS)
-        b_k = load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_k = load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
         if N % KEYS != 0:
             b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
-        b_v = load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_v = load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_da = inner_products(b_g, b_v, PRECISION)
         b_ds = tl.exp2(b_s - b_log[:, None]) * (b_da - b_mean[:, None])
         acc = add_product(acc, b_ds, b_k, PRECISION)
@@ -101,8 +104,8 @@ def backward_query_kernel(
         # Rows beyond N have no gradient, so their means are zero.
         i_part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(content + i_part, tl.sum(b_mean))
-    p_dq = dq + i_b * dq_strides[0] + i_h * dq_strides[1]
-    store_rows(p_dq, scaled(acc, scale * share), o_i, dq_strides[2], N, D, D_CHUNKS)
+    p_dq = dq + (i_b * dq_strides[0] + i_h * dq_strides[1]) * UNIT
+    store_rows(p_dq, scaled(acc, scale * share), o_i, dq_strides[2], UNIT, N, D, D_CHUNKS)
     p_log = statistics + (i_b * H + i_h) * N + o_i
     tl.store(p_log, b_log, mask=o_i < N)
     tl.store(p_log + tl.cast(B, tl.int64) * H * N, b_mean, mask=o_i < N)
@@ -114,6 +117,7 @@ def backward_query(grad, q, k, v, gating_param, dq, statistics, content, scale, 
     else both it and ``gating_param`` are None.
     """
     B, H, N, D = q.shape
+    unit = stride_unit(grad, q, k, v, dq)
     backward_query_kernel[(B * H, triton.cdiv(N, config.rows))](
         grad=grad,
         q=q,
@@ -123,14 +127,15 @@ def backward_query(grad, q, k, v, gating_param, dq, statistics, content, scale, 
         dq=dq,
         statistics=statistics,
         content=content,
-        grad_strides=grad.stride()[:3],
-        q_strides=q.stride()[:3],
-        k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3],
-        dq_strides=dq.stride()[:3],
+        grad_strides=in_units(grad, unit),
+        q_strides=in_units(q, unit),
+        k_strides=in_units(k, unit),
+        v_strides=in_units(v, unit),
+        dq_strides=in_units(dq, unit),
         B=B,
         H=H,
         scale=scale,
+        UNIT=unit,
         N=N,
         D=D,
         ROWS=config.rows,

@@ -13,10 +13,12 @@ from .blocks import (
     LOG2_E,
     add_product,
     image_and_head,
+    in_units,
     inner_products,
     load_rows,
     scaled,
     store_rows,
+    stride_unit,
     zero_rows,
 )
 from .position_table import pitch
@@ -43,6 +45,7 @@ def backward_tile_kernel(
     dv_strides,
     B,
     scale,
+    UNIT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     PITCH: tl.constexpr,
@@ -59,9 +62,9 @@ def backward_tile_kernel(
     Σ dO · Oc, where Oc is the content term before its gate.
     """
     i_b, i_h = image_and_head(B)
-    p_g = grad + i_b * grad_strides[0] + i_h * grad_strides[1]
-    p_q = q + i_b * q_strides[0] + i_h * q_strides[1]
-    p_dq = dq + i_b * dq_strides[0] + i_h * dq_strides[1]
+    p_g = grad + (i_b * grad_strides[0] + i_h * grad_strides[1]) * UNIT
+    p_q = q + (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    p_dq = dq + (i_b * dq_strides[0] + i_h * dq_strides[1]) * UNIT
     gate = 0.0
     share = 1.0
     if GATED:
@@ -69,17 +72,17 @@ def backward_tile_kernel(
         share = tl.sigmoid(-tl.load(gating_param + i_h).to(tl.float32))
 
     o_j = tl.arange(0, KEYS)
-    p_k = k + i_b * k_strides[0] + i_h * k_strides[1]
-    p_v = v + i_b * v_strides[0] + i_h * v_strides[1]
-    b_k = load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32)
-    b_v = load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32)
+    p_k = k + (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    p_v = v + (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
+    b_k = load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
+    b_v = load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
     b_dk = zero_rows(KEYS, D_CHUNKS)
     b_dv = zero_rows(KEYS, D_CHUNKS)
     b_content = tl.zeros([ROWS], tl.float32)
     for start in range(0, N, ROWS):
         o_i = start + tl.arange(0, ROWS)
-        b_q = load_rows(p_q, o_i, q_strides[2], N, D, D_CHUNKS, DOT_F32)
-        b_g = load_rows(p_g, o_i, grad_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_q = load_rows(p_q, o_i, q_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
+        b_g = load_rows(p_g, o_i, grad_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         # [KEYS, ROWS]
         b_s = inner_products(b_k, b_q, PRECISION) * (scale * LOG2_E)
         if N % KEYS != 0:
@@ -98,12 +101,12 @@ def backward_tile_kernel(
         b_ds = (b_a * (b_da - b_mean[None, :])).to(b_q[0].dtype)
         b_dk = add_product(b_dk, b_ds, b_q, PRECISION)
         b_dq = add_product(zero_rows(ROWS, D_CHUNKS), tl.trans(b_ds), b_k, PRECISION)
-        store_rows(p_dq, scaled(b_dq, scale), o_i, dq_strides[2], N, D, D_CHUNKS)
+        store_rows(p_dq, scaled(b_dq, scale), o_i, dq_strides[2], UNIT, N, D, D_CHUNKS)
 
-    p_dk = dk + i_b * dk_strides[0] + i_h * dk_strides[1]
-    p_dv = dv + i_b * dv_strides[0] + i_h * dv_strides[1]
-    store_rows(p_dk, scaled(b_dk, scale), o_j, dk_strides[2], N, D, D_CHUNKS)
-    store_rows(p_dv, b_dv, o_j, dv_strides[2], N, D, D_CHUNKS)
+    p_dk = dk + (i_b * dk_strides[0] + i_h * dk_strides[1]) * UNIT
+    p_dv = dv + (i_b * dv_strides[0] + i_h * dv_strides[1]) * UNIT
+    store_rows(p_dk, scaled(b_dk, scale), o_j, dk_strides[2], UNIT, N, D, D_CHUNKS)
+    store_rows(p_dv, b_dv, o_j, dv_strides[2], UNIT, N, D, D_CHUNKS)
     if GATED:
         tl.store(content + i_h * B + i_b, tl.sum(b_content))
 
@@ -115,6 +118,7 @@ def backward_tile(
     the gates and ``content`` (H, B) in float32, else None for all three.
     """
     B, H, N, D = q.shape
+    unit = stride_unit(grad, q, k, v, dq, dk, dv)
     backward_tile_kernel[(B * H,)](
         grad=grad,
         q=q,
@@ -126,15 +130,16 @@ def backward_tile(
         dk=dk,
         dv=dv,
         content=content,
-        grad_strides=grad.stride()[:3],
-        q_strides=q.stride()[:3],
-        k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3],
-        dq_strides=dq.stride()[:3],
-        dk_strides=dk.stride()[:3],
-        dv_strides=dv.stride()[:3],
+        grad_strides=in_units(grad, unit),
+        q_strides=in_units(q, unit),
+        k_strides=in_units(k, unit),
+        v_strides=in_units(v, unit),
+        dq_strides=in_units(dq, unit),
+        dk_strides=in_units(dk, unit),
+        dv_strides=in_units(dv, unit),
         B=B,
         scale=scale,
+        UNIT=unit,
         N=N,
         D=D,
         PITCH=pitch(N),

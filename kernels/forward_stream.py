@@ -13,10 +13,12 @@ from .blocks import (
     LOG2_E,
     add_product,
     image_and_head,
+    in_units,
     inner_products,
     load_rows,
     scaled,
     store_rows,
+    stride_unit,
     zero_rows,
 )
 
@@ -34,6 +36,7 @@ def forward_stream_kernel(
     out_strides,
     B,
     scale,
+    UNIT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -45,20 +48,20 @@ def forward_stream_kernel(
 ):
     """out = softmax(scale q kᵀ) v; GATED, out = out + (1 - g) softmax(scale q kᵀ) v."""
     i_b, i_h = image_and_head(B)
-    p_k = k + i_b * k_strides[0] + i_h * k_strides[1]
-    p_v = v + i_b * v_strides[0] + i_h * v_strides[1]
-    p_out = out + i_b * out_strides[0] + i_h * out_strides[1]
+    p_k = k + (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    p_v = v + (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
+    p_out = out + (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
 
     o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    p_q = q + i_b * q_strides[0] + i_h * q_strides[1]
-    b_q = load_rows(p_q, o_i, q_strides[2], N, D, D_CHUNKS, DOT_F32)
+    p_q = q + (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    b_q = load_rows(p_q, o_i, q_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     acc = zero_rows(ROWS, D_CHUNKS)
     for start in range(0, N, KEYS):
         # [ROWS, KEYS]
         o_j = start + tl.arange(0, KEYS)
-        b_k = load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_k = load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
         if N % KEYS != 0:
             b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
@@ -69,19 +72,21 @@ def forward_stream_kernel(
         b_shrink = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
         b_max = b_new
-        b_v = load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32)
+        b_v = load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         acc = add_product(scaled(acc, b_shrink[:, None]), b_e, b_v, PRECISION)
 
     if GATED:
         share = tl.sigmoid(-tl.load(gating_param + i_h).to(tl.float32))
         acc = scaled(acc, (share / b_sum)[:, None])
-        position = load_rows(p_out, o_i, out_strides[2], N, D, D_CHUNKS, DOT_F32)
+        position = load_rows(p_out, o_i, out_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         mixed = ()
         for c in tl.static_range(len(D_CHUNKS)):
             mixed = mixed + (acc[c] + position[c].to(tl.float32),)
-        store_rows(p_out, mixed, o_i, out_strides[2], N, D, D_CHUNKS)
+        store_rows(p_out, mixed, o_i, out_strides[2], UNIT, N, D, D_CHUNKS)
     else:
-        store_rows(p_out, scaled(acc, (1.0 / b_sum)[:, None]), o_i, out_strides[2], N, D, D_CHUNKS)
+        store_rows(
+            p_out, scaled(acc, (1.0 / b_sum)[:, None]), o_i, out_strides[2], UNIT, N, D, D_CHUNKS
+        )
 
 
 def forward_stream(q, k, v, gating_param, out, scale, precision, config):
@@ -89,18 +94,20 @@ def forward_stream(q, k, v, gating_param, out, scale, precision, config):
     position term beforehand; without, ``gating_param`` is None.
     """
     B, H, N, D = q.shape
+    unit = stride_unit(q, k, v, out)
     forward_stream_kernel[(B * H, triton.cdiv(N, config.rows))](
         q=q,
         k=k,
         v=v,
         gating_param=gating_param,
         out=out,
-        q_strides=q.stride()[:3],
-        k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3],
-        out_strides=out.stride()[:3],
+        q_strides=in_units(q, unit),
+        k_strides=in_units(k, unit),
+        v_strides=in_units(v, unit),
+        out_strides=in_units(out, unit),
         B=B,
         scale=scale,
+        UNIT=unit,
         N=N,
         D=D,
         ROWS=config.rows,

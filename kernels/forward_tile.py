@@ -13,9 +13,11 @@ from .blocks import (
     LOG2_E,
     add_product,
     image_and_head,
+    in_units,
     inner_products,
     load_rows,
     store_rows,
+    stride_unit,
     zero_rows,
 )
 from .position_table import pitch
@@ -36,6 +38,7 @@ def _mixed_rows(
     scale,
     gate,
     share,
+    UNIT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     PITCH: tl.constexpr,
@@ -48,7 +51,7 @@ def _mixed_rows(
     DOT_F32: tl.constexpr,
 ):
     """The output of the queries ``o_i``."""
-    b_q = load_rows(p_q, o_i, stride_qn, N, D, D_CHUNKS, DOT_F32)
+    b_q = load_rows(p_q, o_i, stride_qn, UNIT, N, D, D_CHUNKS, DOT_F32)
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     scores = ()
     start = 0
@@ -81,10 +84,10 @@ def _mixed_rows(
         if RESIDENT:
             acc = add_product(acc, b_w, b_v[t], PRECISION)
         else:
-            b_x = load_rows(p_v, o_j, stride_vn, N, D, D_CHUNKS, DOT_F32)
+            b_x = load_rows(p_v, o_j, stride_vn, UNIT, N, D, D_CHUNKS, DOT_F32)
             acc = add_product(acc, b_w, b_x, PRECISION)
         start += KEYS[t]
-    store_rows(p_out, acc, o_i, stride_on, N, D, D_CHUNKS)
+    store_rows(p_out, acc, o_i, stride_on, UNIT, N, D, D_CHUNKS)
 
 
 @triton.jit
@@ -101,6 +104,7 @@ def forward_tile_kernel(
     out_strides,
     B,
     scale,
+    UNIT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     PITCH: tl.constexpr,
@@ -116,10 +120,10 @@ def forward_tile_kernel(
     and values, else one block of ROWS. Without GATED, plain attention.
     """
     i_b, i_h = image_and_head(B)
-    p_q = q + i_b * q_strides[0] + i_h * q_strides[1]
-    p_k = k + i_b * k_strides[0] + i_h * k_strides[1]
-    p_v = v + i_b * v_strides[0] + i_h * v_strides[1]
-    p_out = out + i_b * out_strides[0] + i_h * out_strides[1]
+    p_q = q + (i_b * q_strides[0] + i_h * q_strides[1]) * UNIT
+    p_k = k + (i_b * k_strides[0] + i_h * k_strides[1]) * UNIT
+    p_v = v + (i_b * v_strides[0] + i_h * v_strides[1]) * UNIT
+    p_out = out + (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
     p_table = table
     gate = 0.0
     share = 1.0
@@ -135,9 +139,9 @@ def forward_tile_kernel(
     for t in tl.static_range(len(KEYS)):
         # [KEYS[t], D]
         o_j = start + tl.arange(0, KEYS[t])
-        b_k = b_k + (load_rows(p_k, o_j, k_strides[2], N, D, D_CHUNKS, DOT_F32),)
+        b_k = b_k + (load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32),)
         if RESIDENT:
-            b_v = b_v + (load_rows(p_v, o_j, v_strides[2], N, D, D_CHUNKS, DOT_F32),)
+            b_v = b_v + (load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32),)
         start += KEYS[t]
 
     if RESIDENT:
@@ -145,13 +149,13 @@ def forward_tile_kernel(
             _mixed_rows(
                 p_q, p_v, p_table, p_out, b_k, b_v, i_r * ROWS + tl.arange(0, ROWS),
                 q_strides[2], v_strides[2], out_strides[2], scale, gate, share,
-                N, D, PITCH, ROWS, KEYS, D_CHUNKS, RESIDENT, GATED, PRECISION, DOT_F32,
+                UNIT, N, D, PITCH, ROWS, KEYS, D_CHUNKS, RESIDENT, GATED, PRECISION, DOT_F32,
             )  # fmt: skip
     else:
         _mixed_rows(
             p_q, p_v, p_table, p_out, b_k, b_v, tl.program_id(1) * ROWS + tl.arange(0, ROWS),
             q_strides[2], v_strides[2], out_strides[2], scale, gate, share,
-            N, D, PITCH, ROWS, KEYS, D_CHUNKS, RESIDENT, GATED, PRECISION, DOT_F32,
+            UNIT, N, D, PITCH, ROWS, KEYS, D_CHUNKS, RESIDENT, GATED, PRECISION, DOT_F32,
         )  # fmt: skip
 
 
@@ -159,6 +163,7 @@ def forward_tile(q, k, v, table, gating_param, out, scale, precision, config):
     """q, k, v (B, H, N, d) into ``out``, by ``config``. ``table`` is None for plain attention."""
     B, H, N, D = q.shape
     grid = (B * H,) if config.resident else (B * H, triton.cdiv(N, config.rows))
+    unit = stride_unit(q, k, v, out)
     forward_tile_kernel[grid](
         q=q,
         k=k,
@@ -166,12 +171,13 @@ def forward_tile(q, k, v, table, gating_param, out, scale, precision, config):
         table=table,
         gating_param=gating_param,
         out=out,
-        q_strides=q.stride()[:3],
-        k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3],
-        out_strides=out.stride()[:3],
+        q_strides=in_units(q, unit),
+        k_strides=in_units(k, unit),
+        v_strides=in_units(v, unit),
+        out_strides=in_units(out, unit),
         B=B,
         scale=scale,
+        UNIT=unit,
         N=N,
         D=D,
         PITCH=pitch(N),

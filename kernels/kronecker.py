@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import INTERPRETED, LOG2_E, image_and_head
+from .blocks import INTERPRETED, LOG2_E, image_and_head, in_units, stride_unit
 
 #: Grid rows and grid columns that a program works on at a time.
 BLOCK = 16
@@ -126,6 +126,7 @@ def kronecker_kernel(
     x_strides,
     out_strides,
     B,
+    UNIT: tl.constexpr,
     GH: tl.constexpr,
     GW: tl.constexpr,
     D: tl.constexpr,
@@ -140,8 +141,8 @@ def kronecker_kernel(
     """out = g (Py ⊗ Px) x, or with its transpose, for BLOCK grid columns and some CHANNELS."""
     i_b, i_h = image_and_head(B)
     i_d = tl.program_id(2)
-    p_x = x + i_b * x_strides[0] + i_h * x_strides[1]
-    stride_n = tl.cast(x_strides[2], tl.int64)
+    p_x = x + (i_b * x_strides[0] + i_h * x_strides[1]) * UNIT
+    stride_n = tl.cast(x_strides[2], tl.int64) * UNIT
     # [BLOCK, TILE_X]
     o_ix = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     o_jx = tl.arange(0, TILE_X)
@@ -164,7 +165,8 @@ def kronecker_kernel(
     o_x = tl.program_id(1) * BLOCK + o // CHANNELS
     o_d = i_d * CHANNELS + o % CHANNELS
     o_n = o_iy[:, None].to(tl.int64) * GW + o_x[None, :]
-    p_out = out + i_b * out_strides[0] + i_h * out_strides[1] + o_n * out_strides[2] + o_d[None, :]
+    p_out = out + (i_b * out_strides[0] + i_h * out_strides[1]) * UNIT
+    p_out = p_out + o_n * out_strides[2] * UNIT + o_d[None, :]
     m_out = (o_iy[:, None] < GH) & ((o_x < GW) & (o_d < D))[None, :]
     tl.store(p_out, (acc * gate).to(out.dtype.element_ty), mask=m_out)
 
@@ -173,15 +175,17 @@ def kronecker(x, py, px, gating_param, out, grid_size, precision, config, *, tra
     """g (Py ⊗ Px) x into ``out``, both (B, H, N, d); transposed, g (Pyᵀ ⊗ Pxᵀ) x."""
     B, H, _, D = x.shape
     gh, gw = grid_size
+    unit = stride_unit(x, out)
     kronecker_kernel[(B * H, triton.cdiv(gw, BLOCK), triton.cdiv(D, config.channels[0]))](
         x=x,
         py=py,
         px=px,
         gating_param=gating_param,
         out=out,
-        x_strides=x.stride()[:3],
-        out_strides=out.stride()[:3],
+        x_strides=in_units(x, unit),
+        out_strides=in_units(out, unit),
         B=B,
+        UNIT=unit,
         GH=gh,
         GW=gw,
         D=D,

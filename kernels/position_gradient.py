@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import INTERPRETED
+from .blocks import INTERPRETED, in_units, stride_unit
 from .kronecker import BLOCK, exchange, load_factor, load_grid, padded
 
 
@@ -30,6 +30,7 @@ def factor_gradient_kernel(
     v_strides,
     B,
     GROUPS,
+    UNIT: tl.constexpr,
     GH: tl.constexpr,
     GW: tl.constexpr,
     D: tl.constexpr,
@@ -48,8 +49,8 @@ def factor_gradient_kernel(
     i_g = tl.program_id(0) % GROUPS
     i_x = tl.program_id(1)
     i_y = tl.program_id(2)
-    stride_gn = tl.cast(grad_strides[2], tl.int64)
-    stride_vn = tl.cast(v_strides[2], tl.int64)
+    stride_gn = tl.cast(grad_strides[2], tl.int64) * UNIT
+    stride_vn = tl.cast(v_strides[2], tl.int64) * UNIT
     o_iy = tl.arange(0, TILE_Y)
     o_jx = tl.arange(0, TILE_X)
     o_ix = i_x * BLOCK + tl.arange(0, BLOCK)
@@ -60,8 +61,9 @@ def factor_gradient_kernel(
     b_dpy = tl.zeros([TILE_Y, BLOCK], tl.float32)
     b_dpx = tl.zeros([BLOCK, TILE_X], tl.float32)
     for i_b in range(i_g, B, GROUPS):
-        p_g = grad + tl.cast(i_b, tl.int64) * grad_strides[0] + i_h * grad_strides[1]
-        p_v = v + tl.cast(i_b, tl.int64) * v_strides[0] + i_h * v_strides[1]
+        i_image = tl.cast(i_b, tl.int64)
+        p_g = grad + (i_image * grad_strides[0] + i_h * grad_strides[1]) * UNIT
+        p_v = v + (i_image * v_strides[0] + i_h * v_strides[1]) * UNIT
         for i_d in range(tl.cdiv(D, CHANNELS)):
             # [TILE_X, (jy, channels)] and [TILE_Y, (ix, channels)]
             b_v = load_grid(
@@ -165,6 +167,7 @@ def factor_gradient(grad, v, py, px, grid_size, precision, config):
     # Zeros, since the blocks of a side do not cover its padding.
     dpy = py.new_zeros(H, groups * x_blocks, *py.shape[1:])
     dpx = px.new_zeros(H, groups * y_blocks, *px.shape[1:])
+    unit = stride_unit(grad, v)
     factor_gradient_kernel[(H * groups, x_blocks, y_blocks)](
         grad=grad,
         v=v,
@@ -172,10 +175,11 @@ def factor_gradient(grad, v, py, px, grid_size, precision, config):
         px=px,
         dpy=dpy,
         dpx=dpx,
-        grad_strides=grad.stride()[:3],
-        v_strides=v.stride()[:3],
+        grad_strides=in_units(grad, unit),
+        v_strides=in_units(v, unit),
         B=B,
         GROUPS=groups,
+        UNIT=unit,
         GH=gh,
         GW=gw,
         D=D,

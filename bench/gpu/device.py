@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU as the stages see it, and its twin on a processor for dry runs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu import shapes
+
+Call = Callable[[], Any]
+#: One sample: seconds per call.
+Sample = Callable[[], float]
+
+#: Calls shorter than this are timed as replays of a graph: launches would hide them.
+_SMALL = 2e-3
+#: A sample lasts at least this long: events resolve about a microsecond.
+_SAMPLE = 5e-4
+_QUERIES = (
+    "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit",
+    "utilization.gpu", "memory.used",
+)  # fmt: skip
+
+
+class GPU:
+    """The first CUDA device."""
+
+    note = ""
+    plan = shapes.FULL
+    workers = max(1, min(14, (os.cpu_count() or 2) - 2))
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0)
+        torch.cuda.set_device(self.device)
+        self.properties = torch.cuda.get_device_properties(self.device)
+
+    @property
+    def build_environment(self) -> dict[str, str]:
+        major, minor = self.properties.major, self.properties.minor
+        # The letter gives access to instructions of this one architecture.
+        return {"FASTVIT_CUDA_ARCHS": f"{major}{minor}{'a' if major in (9, 10) else ''}"}
+
+    def others(self) -> list[torch.device]:
+        return [torch.device("cuda", i) for i in range(1, torch.cuda.device_count())]
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def state(self) -> dict[str, str]:
+        """Clocks, temperature and power at this moment."""
+        command = ["nvidia-smi", "--id=0", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(
+                [*command, f"--query-gpu={','.join(_QUERIES)}"],
+                capture_output=True, text=True, timeout=20, check=True,
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError) as error:
+            return {"unknown": str(error)}
+        return dict(zip(_QUERIES, done.stdout.strip().split(", "), strict=False))
+
+    def copies(self, size: int) -> int:
+        """How many sets of ``size`` bytes keep the L2 cache from serving the next call."""
+        return max(2, min(160, 1 + math.ceil(2 * self.properties.L2_cache_size / max(size, 1))))
+
+    def fits(self, size: int) -> bool:
+        return size < 0.8 * torch.cuda.mem_get_info()[0]
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def stream(self) -> Any:
+        """Work on a stream that waits for the current one and is waited for."""
+        return _side_stream()
+
+    def capture(self, call: Call) -> tuple[Call, Any]:
+        """A graph's replay, and the memory that it fills."""
+        with self.stream():
+            for _ in range(2):
+                call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        return graph.replay, out
+
+    def sampler(self, calls: Sequence[Call], *, graphs: bool) -> tuple[Sample, str]:
+        """What times one pass over ``calls``, after warming up, and in a word how.
+
+        Args:
+            calls: one for each set of inputs.
+            graphs: whether short calls may be replayed from a graph.
+        """
+        # As a capture wants it; elsewhere it would fill a second pool of memory.
+        with self.stream() if graphs else nullcontext():
+            for call in (calls[0], *calls):
+                call()
+        single = self._elapsed(_keeping(calls)) / len(calls)
+        if single > _SMALL or not graphs:
+            return lambda: self._elapsed(_keeping(calls)) / len(calls), "events"
+        passes = max(1, math.ceil(_SAMPLE / (single * len(calls))))
+        try:
+            replay, kept = self.capture(_keeping(calls))
+        except Exception as error:
+            torch.cuda.synchronize()
+            reason = f"events, since no graph took it: {type(error).__name__}"
+            return lambda: self._elapsed(_keeping(calls)) / len(calls), reason
+
+        def sample() -> float:
+            assert kept is not None  # the graph writes into what it holds
+            return self._elapsed(lambda: [replay() for _ in range(passes)]) / passes / len(calls)
+
+        return sample, "graph"
+
+    def memory(
+        self, forward: Callable[[], Tensor], leaves: Sequence[Tensor], cotangent: Tensor
+    ) -> dict[str, int]:
+        """Bytes of a training step beyond what was there: kept for the backward, and at most."""
+        self.release()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = forward()
+        kept = torch.cuda.memory_allocated() - before - out.numel() * out.element_size()
+        torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        torch.cuda.synchronize()
+        return {"kept": kept, "peak": torch.cuda.max_memory_allocated() - before}
+
+    def compile(self, target: Any, **options: Any) -> Any:
+        return torch.compile(target, **options)
+
+    def sanitizer(self, tool: str) -> list[str] | str:
+        """How a command begins that a tool of compute-sanitizer watches, or why none does."""
+        found = shutil.which("compute-sanitizer") or shutil.which(
+            "compute-sanitizer", path="/usr/local/cuda/bin"
+        )
+        if found is None:
+            return "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
+        return [
+            found,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "99",
+            "--target-processes",
+            "application-only",
+        ]
+
+    def _elapsed(self, work: Call) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+class Processor:
+    """The same calls without a GPU: its times mean nothing, that they come back does."""
+
+    note = "dry run on a processor: not a measurement"
+    plan = shapes.DRY
+    workers = 1
+    device = torch.device("cpu")
+    # Optimised code would take twice as long to make.
+    build_environment: dict[str, str] = {  # noqa: RUF012
+        "FASTVIT_CUDA": "0",
+        "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug",
+    }
+
+    def others(self) -> list[torch.device]:
+        return []
+
+    def synchronize(self) -> None:
+        pass
+
+    def state(self) -> dict[str, str]:
+        return {}
+
+    def copies(self, size: int) -> int:
+        return 2
+
+    def fits(self, size: int) -> bool:
+        return size < 2**28
+
+    def release(self) -> None:
+        gc.collect()
+
+    def stream(self) -> Any:
+        return nullcontext()
+
+    def capture(self, call: Call) -> tuple[Call, Any]:
+        out = call()
+
+        def replay() -> None:
+            for old, new in zip(_flat(out), _flat(call()), strict=True):
+                old.data.copy_(new)
+
+        return replay, out
+
+    def sampler(self, calls: Sequence[Call], *, graphs: bool) -> tuple[Sample, str]:
+        calls[0]()
+
+        def sample() -> float:
+            start = time.perf_counter()
+            _keeping(calls)()
+            return (time.perf_counter() - start) / len(calls)
+
+        return sample, "perf_counter"
+
+    def memory(
+        self, forward: Callable[[], Tensor], leaves: Sequence[Tensor], cotangent: Tensor
+    ) -> dict[str, int]:
+        torch.autograd.grad(forward(), leaves, cotangent, allow_unused=True)
+        return {}
+
+    def compile(self, target: Any, **options: Any) -> Any:
+        options.pop("mode", None)
+        # Traced as on a GPU; code for this processor would prove nothing.
+        return torch.compile(target, **options, backend="aot_eager")
+
+    def sanitizer(self, tool: str) -> list[str] | str:
+        return "dry run"
+
+
+Device = GPU | Processor
+
+
+def open_device(*, dry: bool) -> Device:
+    """The device of a run.
+
+    Raises:
+        RuntimeError: no GPU is there and the run is not dry.
+    """
+    if dry:
+        return Processor()
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no CUDA device; --dry walks the code on a processor")
+    return GPU()
+
+
+def _keeping(calls: Sequence[Call]) -> Call:
+    """All calls, whose results stay until the end: memory that is written again at once would
+    stay in the cache.
+    """
+    return lambda: [call() for call in calls]
+
+
+@contextmanager
+def _side_stream() -> Iterator[None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+
+
+def _flat(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [x for part in out for x in _flat(part)]
+
+
+@contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Whether float32 products may be made of tf32 ones."""
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32" if wanted else "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least time that a computation can take on a machine with the measured ceilings.
+
+Bytes: every input read once, every output written once. FLOPs: two for each multiply-add that no
+implementation without stored N x N maps can leave out. C = H d channels, N tokens, B images.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Work(NamedTuple):
+    """What has to be moved and computed."""
+
+    bytes: float
+    flops: float
+
+
+def core(B: int, N: int, H: int, d: int, itemsize: int, *, backward: bool) -> Work:
+    """Attention of q, k, v. Forward: 4 tensors, 2 products; backward: 7 tensors, 5 products."""
+    tensors, products = (4 + 7, 2 + 5) if backward else (4, 2)
+    return Work(tensors * B * N * H * d * itemsize, 2 * products * B * H * N * N * d)
+
+
+def module(B: int, N: int, H: int, d: int, itemsize: int, *, backward: bool) -> Work:
+    """A GPSA layer: four C x C projections of x around :func:`core`."""
+    C, passes = H * d, 3 if backward else 1
+    tokens, weights = B * N * C, 4 * C * C
+    # Forward reads x and the weights; backward x, weights and a gradient again, and writes two.
+    moved = (4 * tokens + 3 * weights) if backward else (2 * tokens + weights)
+    inner = core(B, N, H, d, itemsize, backward=backward).flops
+    return Work(moved * itemsize, passes * 2 * tokens * 4 * C + inner)
+
+
+def seconds(work: Work, ceilings: dict[str, Any], dtype: str) -> float:
+    """The larger of the two terms."""
+    return max(work.bytes / ceilings["bandwidth"], work.flops / ceilings["rates"][dtype])
+
+
+def share(floor: float, measured: float) -> tuple[float, str | None]:
+    """Part of the floor's speed that was reached, and what is wrong if it is more than all."""
+    reached = floor / measured
+    if reached > 1.0:
+        return reached, f"{100 * reached:.0f} % of its floor: a fault of the measurement"
+    return reached, None

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage: compute-sanitizer looks for bad accesses and for races, both at the same time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from gpu.device import Device
+from gpu.record import Record
+
+_TOOLS = ("memcheck", "racecheck")
+_SHOWN = 3000
+
+
+def run(device: Device, record: Record) -> None:
+    script = [sys.executable, "-m", "gpu.sanitized", *(["--dry"] if device.note else [])]
+    # Each allocation by itself, so that none ends inside a larger one.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    _prepare(script, len(device.plan.sanitized), record)
+    running = {}
+    for tool in _TOOLS:
+        prefix = device.sanitizer(tool)
+        if isinstance(prefix, str):
+            record.add(name=tool, outcome=f"not run: {prefix}")
+            continue
+        running[tool] = subprocess.Popen(
+            [*prefix, *script], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    for tool, process in running.items():
+        try:
+            output, _ = process.communicate(timeout=max(record.left(), 1.0) + 20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            record.miss(tool)
+            record.add(name=tool, outcome="not reached in time", output=output[-_SHOWN:])
+            continue
+        calls = sum(line.startswith("ran ") for line in output.splitlines())
+        summary = next((x for x in reversed(output.splitlines()) if "SUMMARY" in x), "")
+        outcome = summary.strip("= ") or "no summary"
+        record.add(name=tool, outcome=outcome, calls=calls, output=output[-_SHOWN:])
+        if process.returncode:
+            record.fail(f"{tool}: status {process.returncode}, {calls} calls, {outcome}")
+        elif calls != len(device.plan.sanitized):
+            record.fail(f"{tool}: {calls} of {len(device.plan.sanitized)} calls ran")
+
+
+def _prepare(script: list[str], calls: int, record: Record) -> None:
+    """Each call by itself without a tool: compilation and the kernels' own checks are then done,
+    and kept.
+
+    Raises:
+        RuntimeError: a call fails or hangs even so.
+    """
+    running = [subprocess.Popen([*script, str(index)]) for index in range(calls)]
+    try:
+        failed = [i for i, p in enumerate(running) if p.wait(timeout=max(record.left(), 1.0))]
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError("the calls take too long even without a tool") from error
+    finally:
+        for process in running:
+            process.kill()
+    if failed:
+        raise RuntimeError(f"without a tool, calls {failed} fail")

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which problems are checked and timed, on a GPU and in a dry run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+#: Heads and channels of a head of the ConViTs.
+SIZES = {"S": (9, 48), "B": (16, 48), "S+": (9, 64), "B+": (16, 64), "Ti": (4, 48)}
+
+
+class Shape(NamedTuple):
+    """One attention problem; plain attention where there is no grid."""
+
+    label: str
+    B: int
+    H: int
+    d: int
+    N: int
+    grid: tuple[int, int] | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} N={self.N} B={self.B}"
+
+    @property
+    def problem(self) -> tuple[int, int, int, int]:
+        return self.B, self.N, self.H, self.d
+
+
+class Group(NamedTuple):
+    """Comparisons that share a process, so that a crash costs no others."""
+
+    label: str
+    op: str
+    B: int
+    H: int
+    d: int
+    #: Grid of gpsa; one row of tokens for plain attention.
+    grid: tuple[int, int]
+    layouts: tuple[str, ...] = ("tokens",)
+    dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16", "tf32")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run looks at, each list with the most valuable first."""
+
+    groups: tuple[Group, ...]
+    shapes: tuple[Shape, ...]
+    #: Those for which other libraries are compiled, too, which takes long.
+    compiled: tuple[Shape, ...]
+    autotuned: tuple[Shape, ...]
+    #: Elements of the buffers of the copy.
+    copied: int
+    #: Sides of the square products, and (rows, in, out) of our layers.
+    products: tuple[tuple[int, int, int], ...]
+    #: Elements that exponentials are taken of, a multiple of 1024.
+    exponents: int
+    rounds: int
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    #: Arguments of the models by family.
+    model_options: dict[str, dict[str, Any]]
+    image_size: int
+    #: Offset in elements of the view of a large buffer.
+    far: int
+    #: (op, dtype, B, H, grid, d) of the sanitizer's calls.
+    sanitized: tuple[tuple[str, str, int, int, tuple[int, int], int], ...]
+
+
+def _shape(size: str, B: int, N: int) -> Shape:
+    side = round(N**0.5)
+    return Shape(size, B, *SIZES[size], N, (side, side) if side * side == N else None)
+
+
+def _full() -> Plan:
+    groups = [Group(f"ConViT-{size}", "gpsa", 8, *heads, (14, 14)) for size, heads in SIZES.items()]
+    # From 264 heads in all, one program keeps the keys and values of a whole head.
+    groups += [Group(f"ConViT-{s} B=64", "gpsa", 64, *SIZES[s], (14, 14)) for s in ("S", "B+")]
+    groups += [
+        Group("plain 197", "mhsa", 8, 9, 48, (1, 197)),
+        Group("plain 197 B=64", "mhsa", 64, 6, 64, (1, 197)),
+        Group("layouts", "gpsa", 4, 9, 48, (14, 14), ("permuted", "expanded", "misaligned")),
+        Group("24x24", "gpsa", 2, 9, 48, (24, 24)),
+        Group("32x32", "gpsa", 2, 9, 48, (32, 32)),
+        Group("49", "gpsa", 8, 3, 48, (7, 7)),
+        Group("256", "gpsa", 8, 3, 48, (16, 16)),
+        Group("256 B=100", "gpsa", 100, 3, 48, (16, 16)),
+        Group("7x28", "gpsa", 8, 4, 48, (7, 28)),
+        Group("4x16", "gpsa", 8, 4, 48, (4, 16)),
+        Group("64x64", "gpsa", 1, 1, 48, (64, 64)),
+        Group("no images", "gpsa", 0, 9, 48, (14, 14)),
+        Group("plain 49", "mhsa", 8, 3, 48, (1, 49)),
+        Group("plain 256", "mhsa", 8, 3, 64, (1, 256)),
+        Group("plain 577", "mhsa", 2, 3, 64, (1, 577)),
+    ]
+    groups += [Group(f"d={d}", "gpsa", 4, 2, d, (14, 14)) for d in (16, 24, 40, 80, 128)]
+    groups += [Group(f"plain d={d}", "mhsa", 4, 2, d, (1, 197)) for d in (24, 80, 128)]
+    shapes = [_shape(size, 256, 196) for size in SIZES]
+    shapes += [_shape(size, 64, 196) for size in ("S", "B")]
+    shapes += [_shape(size, 32, N) for N in (576, 1024) for size in ("S", "B")]
+    shapes += [_shape(size, B, 196) for B in (8, 1) for size in ("S", "B")]
+    shapes += [_shape(size, B, 197) for B in (256, 64) for size in ("S", "S+", "B", "B+")]
+    shapes += [_shape(size, B, 196) for B in (64, 8, 1) for size in ("S+", "B+", "Ti")]
+    shapes += [_shape(size, B, 197) for B in (8, 1) for size in ("S", "B")]
+    compiled = (shapes[0], shapes[1], _shape("S", 64, 196), _shape("S", 32, 576))
+    layers = [(256 * 196, C, n * C) for C in (432, 768) for n in (1, 3)]
+    dtypes = ("bfloat16", "float32")
+    return Plan(
+        groups=tuple(groups),
+        shapes=tuple(shapes),
+        compiled=compiled,
+        autotuned=(shapes[0],),
+        copied=2**30,
+        products=((8192, 8192, 8192), *layers),
+        exponents=2**22,
+        rounds=20,
+        models=("small", "base", "tiny"),
+        batches=(256, 64),
+        model_options={"convit": {}, "deit": {}},
+        image_size=224,
+        far=2**31 + 64,
+        sanitized=(
+            *(("gpsa", dtype, 2, 2, (5, 7), 48) for dtype in dtypes),
+            ("gpsa", "bfloat16", 2, 2, (3, 90), 48),
+            ("gpsa", "bfloat16", 140, 2, (4, 4), 48),
+            *(("mhsa", dtype, 2, 2, (1, 50), 64) for dtype in dtypes),
+        ),
+    )
+
+
+def _dry() -> Plan:
+    shape = Shape("S", 1, 1, 16, 16, (4, 4))
+    model = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 1}
+    return Plan(
+        groups=(
+            Group("4x5", "gpsa", 1, 1, 16, (4, 5), ("tokens", "misaligned"), ("float32",)),
+            Group("plain 17", "mhsa", 1, 1, 16, (1, 17), dtypes=("bfloat16",)),
+        ),
+        shapes=(shape, Shape("S", 1, 1, 16, 17, None)),
+        compiled=(shape,),
+        autotuned=(shape,),
+        copied=2**18,
+        products=((64, 64, 64),),
+        exponents=1024,
+        rounds=2,
+        models=("tiny",),
+        batches=(2,),
+        model_options={"convit": {**model, "local_up_to_layer": 1}, "deit": model},
+        image_size=32,
+        far=4096 + 64,
+        sanitized=(("gpsa", "float32", 1, 1, (2, 3), 16),),
+    )
+
+
+FULL, DRY = _full(), _dry()

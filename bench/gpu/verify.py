@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdicts on kernels that a package may ship, so that others need not check them again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def verified() -> dict[str, str]:
+    """What the kernels' own checks found in this process: key, and what differed if anything.
+
+    Raises:
+        RuntimeError: this version of fastvit keeps no such record.
+    """
+    from fastvit.ops import trust
+
+    if not hasattr(trust, "verified_here"):
+        raise RuntimeError("fastvit.ops.trust has no verified_here()")
+    return trust.verified_here()
+
+
+def write_verified(out: Path, found: dict[str, str]) -> None:
+    """Write the verdicts of all processes of a run."""
+    text = json.dumps(found, indent=1, sort_keys=True)
+    (out / "verified.json").write_text(text + "\n", "utf-8")

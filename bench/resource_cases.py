@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``bench/resources.py`` compiles: cases, and the launches that they come to.
+
+A launch is taken from the function that launches: its kernel is replaced by a recorder and its
+tensors by fakes, so nothing of what it passes is written down here a second time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+
+#: Where every kernel lies in ``kernels``.
+KERNELS = {
+    "position_table": "position_table",
+    "position_factors": "kronecker",
+    "kronecker": "kronecker",
+    "forward_tile": "forward_tile",
+    "forward_stream": "forward_stream",
+    "backward_tile": "backward_tile",
+    "backward_query": "backward_query",
+    "backward_key": "backward_key",
+    "factor_gradient": "position_gradient",
+    "parameter_gradient": "position_gradient",
+}
+
+
+class Case(NamedTuple):
+    """A call, and those of its kernels that are compiled for it."""
+
+    direction: str
+    #: "float16", "bfloat16", or float32 as "tf32" or "ieee".
+    precision: str
+    images: int
+    heads: int
+    #: Sides of the grid, or tokens for plain attention.
+    tokens: tuple[int, int] | int
+    channels: int
+    kernels: tuple[str, ...]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        return self.tokens if isinstance(self.tokens, tuple) else None
+
+    @property
+    def count(self) -> int:
+        return self.tokens[0] * self.tokens[1] if isinstance(self.tokens, tuple) else self.tokens
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.precision in ("tf32", "ieee") else self.precision
+
+    @property
+    def arithmetic(self) -> str:
+        return "half" if self.dtype != "float32" else self.precision
+
+    @property
+    def name(self) -> str:
+        """For example "bfloat16 B256 H9 14x14 d48"; a bare number of tokens is plain attention."""
+        tokens = "x".join(map(str, self.grid)) if self.grid else f"N{self.count}"
+        return f"{self.precision} B{self.images} H{self.heads} {tokens} d{self.channels}"
+
+
+_STREAM = ("backward_query", "backward_key")
+_ALL_BACKWARD = ("backward_tile", *_STREAM)
+_BOTH = ("forward_tile", "forward_stream")
+
+# At most 48 pairs of a kernel and a case; an architecture compiles those that it chooses. Batches
+# are 256 for grids like 14x14 and 64 above, but 1 or 2 where a small call is the case.
+CASES = (
+    # ConViT-S at 224 pixels, ViT at 224 pixels, and the widths around them.
+    Case("forward", "bfloat16", 256, 9, (14, 14), 48, ("position_table", "forward_tile")),
+    Case("forward", "bfloat16", 1, 4, (14, 14), 48, ("forward_tile",)),
+    Case("forward", "bfloat16", 256, 12, 197, 64, ("forward_tile",)),
+    Case("forward", "bfloat16", 256, 12, (16, 16), 64, ("forward_tile",)),
+    Case("forward", "bfloat16", 2, 6, (16, 16), 64, _BOTH),
+    Case("forward", "float16", 256, 12, (7, 7), 16, ("forward_tile",)),
+    Case("forward", "float16", 256, 6, (7, 28), 64, ("forward_tile",)),
+    Case("forward", "bfloat16", 256, 8, (14, 14), 40, ("forward_tile",)),
+    Case("forward", "bfloat16", 256, 8, (14, 14), 80, _BOTH),
+    Case("forward", "bfloat16", 256, 8, (14, 14), 112, _BOTH),
+    Case("forward", "float16", 256, 6, (16, 16), 128, _BOTH),
+    # More tokens than a tile has.
+    Case("forward", "bfloat16", 64, 9, (24, 24), 48, ("kronecker", "forward_stream")),
+    Case("forward", "bfloat16", 64, 6, (64, 64), 64, ("kronecker", "forward_stream")),
+    # float32.
+    Case("forward", "tf32", 256, 9, (14, 14), 48, ("forward_stream",)),
+    Case("forward", "tf32", 64, 6, (24, 24), 128, ("forward_stream",)),
+    Case("forward", "ieee", 256, 6, 197, 128, ("forward_stream",)),
+    # Backward.
+    Case("backward", "bfloat16", 256, 9, (14, 14), 48, (*_ALL_BACKWARD, "factor_gradient")),
+    Case("backward", "float16", 256, 12, 197, 64, _ALL_BACKWARD),
+    Case("backward", "float16", 256, 12, (16, 16), 16, ("backward_tile",)),
+    Case("backward", "bfloat16", 256, 12, (7, 7), 64, ("backward_tile",)),
+    Case("backward", "bfloat16", 256, 6, (7, 28), 40, ("backward_tile",)),
+    Case("backward", "bfloat16", 256, 8, (14, 14), 112, _STREAM),
+    Case("backward", "float16", 64, 6, (24, 24), 128, (*_STREAM, "factor_gradient")),
+    Case(
+        "backward",
+        "bfloat16",
+        64,
+        6,
+        (64, 64),
+        64,
+        ("position_factors", "factor_gradient", "parameter_gradient"),
+    ),
+    Case("backward", "tf32", 64, 6, (24, 24), 128, (*_STREAM, "factor_gradient")),
+    Case("backward", "ieee", 256, 6, (14, 14), 128, _STREAM),
+    Case("backward", "ieee", 64, 6, (64, 64), 64, ("kronecker", "factor_gradient")),
+)
+
+
+class Fake:
+    """A tensor without memory, as much of one as the launching functions ask for."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None):
+        if strides is None:
+            strides, step = (), 1
+            for side in reversed(shape):
+                strides, step = (step, *strides), step * side
+        self.shape, self.dtype, self._strides = shape, dtype, strides
+
+    def stride(self) -> tuple[int, ...]:
+        return self._strides
+
+    def data_ptr(self) -> int:
+        """Aligned, as PyTorch's are."""
+        return 0
+
+    def new_empty(self, *shape: int, dtype: str | None = None) -> Fake:
+        return Fake(shape, dtype or self.dtype)
+
+    new_zeros = new_empty
+
+
+class Launch(NamedTuple):
+    """What a kernel was launched with."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    #: Arguments of the kernel and options of the compiler.
+    arguments: dict[str, Any]
+    config: Any
+
+
+class _Recorder:
+    def __init__(self, kernel: str, found: list[tuple[str, tuple[int, ...], dict[str, Any]]]):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: self.found.append((self.kernel, grid, arguments))
+
+
+def module(name: str) -> Any:
+    """A module of ``kernels``, from this repository whatever else is installed."""
+    if sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"kernels.{name}")
+
+
+@contextmanager
+def _recorded() -> Iterator[list[tuple[str, tuple[int, ...], dict[str, Any]]]]:
+    found: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+    originals = {kernel: kernel_object(kernel) for kernel in KERNELS}
+    try:
+        for kernel, name in KERNELS.items():
+            setattr(module(name), f"{kernel}_kernel", _Recorder(kernel, found))
+        yield found
+    finally:
+        for kernel, original in originals.items():
+            setattr(module(KERNELS[kernel]), f"{kernel}_kernel", original)
+
+
+def kernel_object(kernel: str) -> Any:
+    """What Triton's decorator made."""
+    return getattr(module(KERNELS[kernel]), f"{kernel}_kernel")
+
+
+def pairs() -> list[tuple[str, Case]]:
+    """Every kernel that is compiled for every case."""
+    return [(kernel, case) for case in CASES for kernel in case.kernels]
+
+
+@cache
+def launches(arch: str, case: Case) -> dict[str, Launch]:
+    """The launches of a case on an architecture, by kernel, in their order."""
+    problem = module("configs").Problem(
+        arch, case.arithmetic, case.images, case.heads, case.count, case.channels, case.grid
+    )
+    chosen = getattr(module("configs"), case.direction)(problem)
+    with _recorded() as found:
+        (_forward if case.direction == "forward" else _backward)(case, chosen)
+    taken = {kernel: Launch(kernel, grid, made, chosen[kernel]) for kernel, grid, made in found}
+    assert list(taken) == list(chosen), f"{list(taken)} were launched, {list(chosen)} chosen"
+    return taken
+
+
+def _heads(case: Case, packed: int) -> Fake:
+    """(B, H, N, d), one of ``packed`` that lie as (B, N, packed, H, d)."""
+    B, H, N, D = case.images, case.heads, case.count, case.channels
+    row = packed * H * D
+    return Fake((B, H, N, D), case.dtype, (N * row, D, row, 1))
+
+
+def _position(case: Case) -> tuple[Fake, Fake]:
+    """``pos_weight`` and ``gating_param``."""
+    return Fake((case.heads, 3), case.dtype), Fake((case.heads,), case.dtype)
+
+
+def _arguments(case: Case) -> tuple[Fake, Fake, Fake]:
+    """q, k and v as the layers hand them over: qk packed and v alone, or qkv packed."""
+    if case.grid is None:
+        return (_heads(case, 3),) * 3
+    return _heads(case, 2), _heads(case, 2), _heads(case, 1)
+
+
+def _precision(case: Case) -> str:
+    return "ieee" if case.precision == "ieee" else "tf32"
+
+
+def _forward(case: Case, chosen: dict[str, Any]) -> None:
+    """As ``fastvit/ops/gpsa_triton.py`` has it."""
+    (q, k, v), out = _arguments(case), _heads(case, 1)
+    scale, precision = case.channels**-0.5, _precision(case)
+    weight, gating = _position(case)
+    table, gate = None, None
+    if case.grid is not None:
+        gate = gating
+        if "forward_tile" in chosen:
+            table = module("position_table").position_table(weight, case.dtype, case.grid)
+        else:
+            made = module("kronecker")
+            py, px = made.position_factors(weight, "float32", case.grid)
+            made.kronecker(v, py, px, gating, out, case.grid, precision, chosen["kronecker"])
+    if "forward_tile" in chosen:
+        launch, config = module("forward_tile").forward_tile, chosen["forward_tile"]
+        launch(q, k, v, table, gate, out, scale, precision, config)
+    else:
+        launch, config = module("forward_stream").forward_stream, chosen["forward_stream"]
+        launch(q, k, v, gate, out, scale, precision, config)
+
+
+def _backward(case: Case, chosen: dict[str, Any]) -> None:
+    """As ``fastvit/ops/gpsa_triton.py`` has it."""
+    (q, k, v), grad = _arguments(case), _heads(case, 1)
+    (dq, dk, dv), gated = (q, k, v), case.grid is not None
+    scale, precision = case.channels**-0.5, _precision(case)
+    B, H, N, _ = q.shape
+    weight, gating = _position(case)
+    gate, table, content = gating if gated else None, None, None
+    if gated:
+        py, px = module("kronecker").position_factors(weight, "float32", case.grid)
+    if "backward_tile" in chosen:
+        if gated:
+            table = module("position_table").position_table(
+                weight, case.dtype, case.grid, transposed=True
+            )
+            content = Fake((H, B), "float32")
+        module("backward_tile").backward_tile(
+            grad, q, k, v, table, gate, dq, dk, dv, content,
+            scale, precision, chosen["backward_tile"],
+        )  # fmt: skip
+    else:
+        if gated:
+            module("kronecker").kronecker(
+                grad, py, px, gating, dv, case.grid, precision, chosen["kronecker"],
+                transposed=True,
+            )  # fmt: skip
+            parts = B * -(-N // chosen["backward_query"].rows)
+            content = Fake((H, parts), "float32")
+        statistics = Fake((2, B, H, N), "float32")
+        module("backward_query").backward_query(
+            grad, q, k, v, gate, dq, statistics, content,
+            scale, precision, chosen["backward_query"],
+        )  # fmt: skip
+        module("backward_key").backward_key(
+            grad, q, k, v, gate, statistics, dk, dv, scale, precision, chosen["backward_key"]
+        )
+    if gated:
+        made = module("position_gradient")
+        dpy, dpx = made.factor_gradient(
+            grad, v, py, px, case.grid, precision, chosen["factor_gradient"]
+        )
+        made.parameter_gradient(
+            py, px, dpy, dpx, content, gating, weight, gating, chosen["parameter_gradient"]
+        )

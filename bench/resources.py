@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels ahead of time for every architecture that has launch configurations,
+and keeps what they take of it in ``bench/results/resources``, one table for each minor version of
+Triton. Neither a GPU nor torch is needed: ``pip install triton`` is all.
+
+    python bench/resources.py --write   compile everything, write this Triton's table
+    python bench/resources.py --check   compare with the table, exit 1 on a difference
+
+What is compiled is what is launched: the arguments come from the functions that launch the kernels
+(``resource_cases.py``), and their signature from Triton's own binder. ``--check`` compiles every
+pair whose sources or arguments changed since the table was written, by their hash, and about one in
+ten of the others. No pair may spill registers or take more shared memory than a block can have.
+
+Times in the tables are predicted, not measured (``resource_model.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Triton reads these when it is imported, here or in a worker: kernels are to be compiled, not
+# interpreted, and not taken from what was compiled before.
+os.environ.pop("TRITON_INTERPRET", None)
+if multiprocessing.parent_process() is None:
+    _cache = tempfile.TemporaryDirectory(prefix="fastvit-resources-")
+    os.environ["TRITON_CACHE_DIR"] = _cache.name
+
+import resource_cases as cases
+import resource_model as model
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+TABLES = cases.ROOT / "bench" / "results" / "resources"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+
+#: Read from what was compiled; the other columns follow from these and the launch.
+COMPILED = ("registers", "stack", "spills", "shared", "tensor_columns", "instruction")
+
+#: One in how many pairs with an unchanged hash is compiled again.
+SAMPLE = 10
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
+
+
+class Pair(NamedTuple):
+    """A kernel, a case and an architecture whose choices for the case have the kernel."""
+
+    arch: str
+    case: cases.Case
+    kernel: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch} | {self.kernel} | {self.case.direction} {self.case.name}"
+
+    @property
+    def launch(self) -> cases.Launch:
+        return cases.launches(self.arch, self.case)[self.kernel]
+
+
+class Bound(NamedTuple):
+    """A launch as Triton's compiler takes it."""
+
+    target: Any
+    options: dict[str, Any]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+
+
+def all_pairs(archs: list[str], kernels: list[str]) -> list[Pair]:
+    """In the order of architectures, cases and kernels."""
+    return [
+        Pair(arch, case, kernel)
+        for arch in archs
+        for kernel, case in cases.pairs()
+        if kernel in kernels and kernel in cases.launches(arch, case)
+    ]
+
+
+def bind(pair: Pair) -> Bound:
+    """What ``JITFunction.run`` does up to the compiler, for a device that need not be there."""
+    kernel = cases.kernel_object(pair.kernel)
+    target = GPUTarget("cuda", int(pair.arch.removeprefix("sm_")), 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments = pair.launch.arguments
+    bound, specialization, options = binder(**arguments)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, dict(arguments), bound, specialization, options
+    )
+    return Bound(target, options.__dict__, signature, constants, attributes)
+
+
+@cache
+def _source(name: str) -> str:
+    """A file of ``kernels`` and those that it imports from there."""
+    texts: dict[str, str] = {}
+    queue = [name]
+    while queue:
+        name = queue.pop()
+        if name not in texts:
+            texts[name] = (cases.ROOT / "kernels" / f"{name}.py").read_text("utf-8")
+            queue += re.findall(r"^from \.(\w+) import", texts[name], re.MULTILINE)
+    return "".join(texts[name] for name in sorted(texts))
+
+
+def hash_of(pair: Pair) -> str:
+    """Of everything that decides what the compiler makes of the pair, but the compiler."""
+    bound = bind(pair)
+    given = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: bound.options[name] for name in given}
+    constants = sorted((path, repr(value)) for path, value in bound.constants.items())
+    # Triton's versions differ in whether they list arguments without attributes.
+    attributes = sorted((path, repr(x)) for path, x in bound.attributes.items() if x)
+    decides = (pair.arch, options, bound.signature, constants, attributes)
+    text = _source(cases.KERNELS[pair.kernel]) + repr(decides)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def compiled(pair: Pair) -> Row:
+    """Registers of a thread, stack bytes, spill instructions, shared memory bytes, columns of
+    tensor memory and the matrix instruction.
+    """
+    kernel, bound = cases.kernel_object(pair.kernel), bind(pair)
+    source = ASTSource(kernel, bound.signature, bound.constants, bound.attributes)
+    made = triton.compile(source, target=bound.target, options=bound.options)
+    # The tools that Triton brings along.
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(made.asm["cubin"])
+        usage, listing = (
+            subprocess.run([*command, cubin], capture_output=True, text=True, check=True).stdout
+            for command in (
+                [tools / "cuobjdump", "--dump-resource-usage"],
+                [tools / "nvdisasm", "-c"],
+            )
+        )
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    found = {
+        "wgmma": "wgmma.mma_async" in made.asm["ptx"],
+        "tcgen05.mma": "tcgen05.mma" in made.asm["ptx"],
+        "mma.sync": re.search(r"(?<!\w)mma\.sync", made.asm["ptx"]) is not None,
+    }
+    return {
+        "registers": used["REG"],
+        "stack": used["STACK"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", listing)),
+        "shared": made.metadata.shared,
+        "tensor_columns": getattr(made.metadata, "tmem_size", 0) or 0,
+        "instruction": " + ".join(name for name, there in found.items() if there) or "none",
+    }
+
+
+def attempt(pair: Pair) -> tuple[Pair, Row | str]:
+    """:func:`compiled`, or the error in words: one broken pair must not hide the others."""
+    try:
+        return pair, compiled(pair)
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return pair, f"{type(cause).__name__}: {cause}".strip().splitlines()[-1]
+
+
+def row_of(pair: Pair, taken: Row, digest: str) -> Row:
+    """The row of the table for what the compiler made of a pair with this hash."""
+    launch, done = pair.launch, model.work(pair.kernel, pair.launch.arguments)
+    arguments, config = launch.arguments, launch.config
+    warps = arguments["num_warps"]
+    blocks = model.blocks_per_multiprocessor(
+        pair.arch, taken["registers"], taken["shared"], warps, taken["tensor_columns"]
+    )
+    arithmetic, instruction = pair.case.arithmetic, taken["instruction"]
+    return {
+        "arch": pair.arch,
+        "kernel": pair.kernel,
+        "direction": pair.case.direction,
+        "case": pair.case.name,
+        "config": _config_text(config),
+        **{name: taken[name] for name in COMPILED},
+        "warps": warps,
+        "blocks_per_sm": blocks,
+        "hash": digest,
+        "predicted_us": _rounded(model.predict(pair.arch, arithmetic, instruction, blocks, done)),
+        "predicted_floor_us": _rounded(model.floor(pair.arch, done)),
+        "bytes": done.bytes,
+        "flops": done.flops,
+        "exponentials": done.exponentials,
+    }
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def _config_text(config: Any) -> str:
+    """Tiles, stages and what else is not at its default: "64 x 128+64+16, d 32+16, s2 resident"."""
+
+    def text(sizes: Any) -> str:
+        return "+".join(map(str, sizes)) if isinstance(sizes, tuple) else str(sizes)
+
+    parts = []
+    if config.rows:
+        parts.append(f"{config.rows} x {text(config.keys)}")
+    if config.channels:
+        parts.append(f"d {text(config.channels)}")
+    if config.groups:
+        parts.append(f"{config.groups} groups")
+    stages = f"s{config.stages}" + (" resident" if config.resident else "")
+    return ", ".join([*parts, stages])
+
+
+def faults(row: Row) -> list[str]:
+    """Why a row may not be, in words."""
+    name = f"{row['arch']} | {row['kernel']} | {row['direction']} {row['case']}"
+    found = []
+    if row["stack"] or row["spills"]:
+        found.append(
+            f"{name}: spills, {row['registers']} registers, {row['stack']} bytes of stack, "
+            f"{row['spills']} instructions ({row['config']}, {row['warps']} warps); choose a "
+            "smaller tile or more warps in kernels/configs.py"
+        )
+    limit = model.LIMITS[row["arch"]].shared_block * 1024
+    if row["shared"] > limit:
+        found.append(
+            f"{name}: {row['shared']} bytes of shared memory, a block may have {limit}; choose a "
+            "smaller tile or fewer stages in kernels/configs.py"
+        )
+    return found
+
+
+def read(path: Path) -> Rows:
+    """The rows of a table by the name of their pair."""
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    return {f"{r['arch']} | {r['kernel']} | {r['direction']} {r['case']}": r for r in rows}
+
+
+def run(pairs: list[Pair], jobs: int) -> dict[Pair, Row | str]:
+    """Compiles; a line for each pair to stderr."""
+    results: dict[Pair, Row | str] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        # Few are done sooner than processes start.
+        made = map(attempt, pairs) if jobs == 1 or len(pairs) < 4 else pool.map(attempt, pairs)
+        for pair, taken in made:
+            results[pair] = taken
+            words = taken if isinstance(taken, str) else ", ".join(map(_told, taken.items()))
+            print(f"{len(results)}/{len(pairs)} {pair.name}: {words}", file=sys.stderr, flush=True)
+    return results
+
+
+def _told(item: tuple[str, Any]) -> str:
+    return f"{item[0]} {item[1]}"
+
+
+def write(pairs: list[Pair], everything: list[Pair], folder: Path, jobs: int) -> list[str]:
+    """Compiles ``pairs`` and writes them; the rest of ``everything`` stays as the table has it."""
+    path = folder / f"triton-{VERSION}.json"
+    old = read(path) if path.exists() else {}
+    problems, rows = [], []
+    # Now, of the sources that are compiled; they may be edited meanwhile.
+    hashes = {pair: hash_of(pair) for pair in pairs}
+    results = run(pairs, jobs)
+    for pair in everything:
+        taken = results.get(pair)
+        if isinstance(taken, str):
+            problems.append(f"{pair.name}: does not compile with Triton {VERSION}: {taken}")
+        elif taken is not None:
+            rows.append(row_of(pair, taken, hashes[pair]))
+        elif pair.name in old:
+            # What does not come from the compiler may be another all the same.
+            rows.append(row_of(pair, old[pair.name], old[pair.name]["hash"]))
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    text = f'{{\n "triton": "{VERSION}",\n "times": "predicted, not measured",\n "rows": [\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}{lines}\n ]\n}}\n", "utf-8")
+    from resource_report import markdown
+
+    tables = {p.stem.removeprefix("triton-"): read(p) for p in folder.glob("triton-*.json")}
+    (folder / "README.md").write_text(markdown(tables), "utf-8")
+    return problems + [words for row in rows for words in faults(row)]
+
+
+def check(pairs: list[Pair], everything: list[Pair], folder: Path, jobs: int) -> list[str]:
+    """What differs from the table, in words."""
+    path = folder / f"triton-{VERSION}.json"
+    if not path.exists():
+        return [f"there is no table for Triton {VERSION} in {folder}; {_cure()}"]
+    table = read(path)
+    problems = [f"{pair.name}: not in the table; {_cure()}" for pair in pairs
+                if pair.name not in table]  # fmt: skip
+    if len(pairs) == len(everything):
+        surplus = table.keys() - {pair.name for pair in everything}
+        problems += [f"{name}: in the table, but not chosen; {_cure()}" for name in sorted(surplus)]
+    pairs = [pair for pair in pairs if pair.name in table]
+    hashes = {pair: hash_of(pair) for pair in pairs}
+    stale = {pair for pair in pairs if table[pair.name]["hash"] != hashes[pair]}
+    results = run([pair for pair in pairs if pair in stale or _sampled(pair)], jobs)
+    for pair in pairs:
+        stored, taken = table[pair.name], results.get(pair)
+        if isinstance(taken, str):
+            problems.append(f"{pair.name}: does not compile with Triton {VERSION}: {taken}")
+            continue
+        made = row_of(pair, stored if taken is None else taken, hashes[pair])
+        # A stale hash alone is no fault: the compiler made the same of other sources.
+        different = [name for name in made if made[name] != stored.get(name) and name != "hash"]
+        if different:
+            expected = ", ".join(f"{name} {stored.get(name)}" for name in different)
+            came = ", ".join(f"{name} {made[name]}" for name in different)
+            problems.append(f"{pair.name}: expected {expected}, but came {came}; {_cure()}")
+        problems += faults(made)
+    if stale and not problems:
+        print(f"{len(stale)} pairs have new sources and take the same; {_cure()}", file=sys.stderr)
+    return problems
+
+
+def _sampled(pair: Pair) -> bool:
+    return int(hashlib.sha256(pair.name.encode()).hexdigest(), 16) % SAMPLE == 0
+
+
+def _cure() -> str:
+    return (
+        "if that is meant, update the table by `python bench/resources.py --write` with Triton "
+        f"{VERSION}, or all tables by `make resources`"
+    )
+
+
+def main() -> int:
+    """Exit status: 0 if all is as it should be."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="compile and write the table")
+    what.add_argument("--check", action="store_true", help="compare with the table")
+    parser.add_argument("--arch", action="append", choices=cases.ARCHITECTURES, help="only this")
+    parser.add_argument("--kernel", action="append", choices=list(cases.KERNELS), help="only this")
+    parser.add_argument(
+        "--changed", action="store_true", help="with --write, only pairs whose hash is another"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--table", type=Path, default=TABLES, help="folder of the tables")
+    options = parser.parse_args()
+    everything = all_pairs(list(cases.ARCHITECTURES), list(cases.KERNELS))
+    pairs = all_pairs(
+        options.arch or list(cases.ARCHITECTURES), options.kernel or list(cases.KERNELS)
+    )
+    pairs.sort(key=everything.index)
+    path = options.table / f"triton-{VERSION}.json"
+    if options.changed and path.exists():
+        hashes = {name: row["hash"] for name, row in read(path).items()}
+        pairs = [pair for pair in pairs if hashes.get(pair.name) != hash_of(pair)]
+    action = write if options.write else check
+    problems = action(pairs, everything, options.table, options.jobs)
+    for words in problems:
+        print(words, file=sys.stderr)
+    count = len({(pair.kernel, pair.case) for pair in pairs})
+    state = f"{len(problems)} problems" if problems else "no spills, all within shared memory"
+    print(f"Triton {VERSION}: {count} pairs of kernel and case, {len(pairs)} rows, {state}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

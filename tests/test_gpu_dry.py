@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make gpu`` where there is no GPU: the same code on tiny shapes, and the floors by hand."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+DRY = "dry run on a processor: not a measurement"
+
+
+def dry(out: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    chosen = [argument for stage in stages for argument in ("--stage", stage)]
+    return subprocess.run(
+        [sys.executable, str(BENCH / "gpu"), "--dry", "--out", str(out), *chosen],
+        cwd=out.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def results(out: Path) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for file in out.glob("*.json"):
+        found.update(json.loads(file.read_text("utf-8")))
+    return found
+
+
+def test_a_dry_run_leaves_files_and_tables(tmp_path):
+    out = tmp_path / "out"
+    done = dry(out, "machine", "agreement", "ceilings", "kernels")
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {file.name for file in out.iterdir()}
+    assert {"machine.json", "checks.json", "kernels.json", "verified.json", "summary.md"} <= files
+    assert len(files) <= 8
+    assert all(file.is_file() for file in out.iterdir())
+    found = results(out)
+    for stage in ("machine", "agreement", "ceilings", "kernels"):
+        assert found[stage]["status"] == "ok"
+        assert found[stage]["cases"]
+        assert {"commit", "dirty", "versions"} <= found[stage]["machine"].keys()
+    core = next(case for case in found["kernels"]["cases"] if case["what"] == "core")
+    ours = core["contenders"]["fastvit"]
+    assert ours["q20"] <= ours["median"] <= ours["q80"]
+    assert 0 < ours["share"] <= 1
+    summary = (out / "summary.md").read_text("utf-8")
+    titles = [part for part in summary.split("\n## ")[1:] if "\n|" in part]
+    assert len(titles) == 4, summary
+    assert all(DRY in part for part in titles)
+
+
+def test_a_stage_that_dies_costs_no_other(tmp_path):
+    out = tmp_path / "out"
+    done = dry(out, "machine", "ceilings", FASTVIT_GPU_FAIL="machine")
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = results(out)
+    assert found["machine"]["status"] == "died"
+    assert found["machine"]["problems"] == ["died with status 7: told to die"]
+    assert found["ceilings"]["status"] == "ok"
+    lines = (out / "summary.md").read_text("utf-8").splitlines()
+    assert any(line.startswith("| machine | died |") for line in lines)
+    assert any(line.startswith("| ceilings | ok |") for line in lines)
+
+
+@pytest.fixture
+def floors(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("gpu.floors")
+
+
+class TestFloors:
+    def test_core(self, floors):
+        """ConViT-S, 256 images, bfloat16: 4 tensors of 256 x 196 x 432 elements."""
+        assert floors.core(256, 196, 9, 48, 2, backward=False) == (173_408_256, 16_994_009_088)
+        assert floors.core(256, 196, 9, 48, 2, backward=True) == (476_872_704, 59_479_031_808)
+
+    def test_module(self, floors):
+        """One token, one channel: 4 products of 2 FLOPs, and one attention."""
+        assert floors.module(1, 1, 1, 1, 4, backward=False) == (4 * (2 + 4), 8 + 4)
+        assert floors.module(1, 1, 1, 1, 4, backward=True) == (4 * (4 + 12), 24 + 14)
+
+    def test_the_larger_term_counts(self, floors):
+        ceilings = {"bandwidth": 10.0, "rates": {"bfloat16": 100.0}}
+        assert floors.seconds(floors.Work(20.0, 100.0), ceilings, "bfloat16") == 2.0
+        assert floors.seconds(floors.Work(20.0, 500.0), ceilings, "bfloat16") == 5.0
+
+    def test_more_than_all_of_it_is_a_fault(self, floors):
+        assert floors.share(1.0, 2.0) == (0.5, None)
+        reached, problem = floors.share(1.0, 0.8)
+        assert reached == 1.25
+        assert problem == "125 % of its floor: a fault of the measurement"
+
+    def test_and_fails_its_stage(self, floors, tmp_path):
+        contests = importlib.import_module("gpu.contests")
+        shapes = importlib.import_module("gpu.shapes")
+        records = importlib.import_module("gpu.record")
+        record = records.Record(tmp_path, "kernels", 1.0)
+        ceilings = {"bandwidth": 1e12, "rates": {"bfloat16": 1e15}}
+        found = {"fastvit": {"median": 1e-9}}
+        shape = shapes.FULL.shapes[0]
+        contests.judge(record, ceilings, shape, "core", "forward", found)
+        assert not record.close()
+        assert "S N=196 B=256 core forward, fastvit" in record.data["problems"][0]
