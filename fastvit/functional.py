@@ -43,6 +43,7 @@ __all__ = [
     "conv_stem",
     "gpsa_attention",
     "gpsa_attention_qkpacked",
+    "gpsa_attention_qkvpacked",
     "patch_embed",
 ]
 
@@ -158,6 +159,45 @@ def gpsa_attention_qkpacked(
     scale = qk.shape[-1] ** -0.5 if scale is None else float(scale)
     rows, columns = grid_size
     return _gpsa.gpsa_qkpacked(qk, v, pos_weight, gating_param, rows, columns, scale, asked)
+
+
+def gpsa_attention_qkvpacked(
+    qkv: Tensor,
+    pos_weight: Tensor,
+    gating_param: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`gpsa_attention` of q, k and v in the one tensor that one projection gives, as when the
+    weights of several are stacked. Its gradient comes in one piece too.
+
+    Args:
+        qkv: (B, N, 3, H, d), any strides.
+        pos_weight, gating_param, grid_size, scale, dropout_p, backend: as there.
+
+    Returns:
+        (B, H, N, d), as there.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as there.
+    """
+    check_packed("qkv", qkv, 3)
+    q, k, v = unpack_heads(qkv)
+    cast = autocast_dtype(qkv)
+    check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
+    asked = requested(backend)
+    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
+        return gpsa_attention(
+            q, k, v, pos_weight, gating_param, grid_size,
+            scale=scale, dropout_p=dropout_p, backend=backend,
+        )  # fmt: skip
+    (qkv,) = _cast(cast, qkv)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    rows, columns = grid_size
+    return _gpsa.gpsa_qkvpacked(qkv, pos_weight, gating_param, rows, columns, scale, asked)
 
 
 def attention(

@@ -104,8 +104,11 @@ def _forward_tile(p: Problem) -> Config | None:
     if p.tokens > TILE_TOKENS or p.arithmetic != "half":
         return None
     if p.arch not in _FROM_SHARED_MEMORY:
-        # Registers hold the operands too, and a narrow last piece of the channels spills.
-        return Config(rows=32, keys=pieces(p.tokens), channels=(_power(p.channels),))
+        # Registers hold the operands too. With narrow pieces of the channels every warp repeats the
+        # same product, and spills.
+        channels = _power(p.channels) if p.channels <= 16 else max(64, _power(p.channels))
+        keys = pieces(p.tokens, 64) if p.arch == "sm_120" and p.tokens <= 208 else pieces(p.tokens)
+        return Config(rows=32, keys=keys, channels=(channels,))
     # Few heads would leave multiprocessors idle: a program for each block of rows then.
     resident = p.images * p.heads >= 2 * _MULTIPROCESSORS[p.arch]
     if p.channels > 64 or (p.tokens > 208 and not resident):
@@ -114,13 +117,11 @@ def _forward_tile(p: Problem) -> Config | None:
     largest = 64 if p.arch == "sm_100" else 256
     keys = pieces(p.tokens, largest) if p.tokens <= 208 else (256,)
     prefetches = resident and p.arch == "sm_90" and p.tokens <= 208
-    # Heads that are no multiple of 16 are read with masks, which take registers.
-    masked = p.channels % 16 != 0
     return Config(
         rows=64,
         keys=keys,
-        channels=(_power(p.channels),) if masked else pieces(p.channels),
-        warps=8 if p.arch == "sm_100" and (masked or p.tokens > 208) else 4,
+        channels=pieces(p.channels),
+        warps=8 if p.arch == "sm_100" and p.tokens > 208 else 4,
         stages=2 if prefetches else 1,
         resident=resident,
     )
@@ -133,8 +134,7 @@ def _backward_tile(p: Problem) -> Config | None:
         return None
     keys = max(64, _power(p.tokens))
     return Config(
-        # Masks take registers here, too.
-        rows=16 if keys == 128 or p.channels % 16 else 32,
+        rows=16 if keys == 128 else 32,
         keys=keys,
         channels=pieces(p.channels),
         warps=8 if keys > 128 else 4,
@@ -143,7 +143,7 @@ def _backward_tile(p: Problem) -> Config | None:
 
 
 def _query(p: Problem) -> Config:
-    if p.arch == "sm_120" and p.channels <= 64:
+    if p.arch not in _FROM_SHARED_MEMORY and p.channels <= 64:
         return _stream(p, rows=32, keys=64)
     # 64 keys of a wide head would spill.
     narrow = p.arch not in _FROM_SHARED_MEMORY or (p.arch == "sm_100" and p.channels > 64)
@@ -153,8 +153,8 @@ def _query(p: Problem) -> Config:
 def _key(p: Problem) -> Config:
     # Two gradients are summed up here, so the tiles that would not spill are smaller.
     if p.arithmetic != "half":
-        narrow = {"rows": 16, "keys": 32 if p.arithmetic == "tf32" else 16}
-        return _stream(p, rows=32, keys=32)._replace(**narrow)
+        keys = 32 if p.arithmetic == "tf32" else 16
+        return _stream(p, rows=0, keys=0)._replace(rows=16, keys=keys)
     wide = p.arch in _FROM_SHARED_MEMORY or p.channels <= 64
     return _stream(p, rows=32, keys=64 if wide else 32)
 

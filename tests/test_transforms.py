@@ -22,6 +22,7 @@ from fastvit.functional import (
     conv_stem,
     gpsa_attention,
     gpsa_attention_qkpacked,
+    gpsa_attention_qkvpacked,
     patch_embed,
 )
 
@@ -70,6 +71,13 @@ def gpsa_qkpacked_case() -> Case:
     return Case(function, (leaf(2, 15, 2, 3, 8), heads(), leaf(3, 3), leaf(3)))
 
 
+def gpsa_qkvpacked_case() -> Case:
+    def function(qkv: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        return gpsa_attention_qkvpacked(qkv, weight, gate, GRID)
+
+    return Case(function, (leaf(2, 15, 3, 3, 8), leaf(3, 3), leaf(3)))
+
+
 def attention_half_case() -> Case:
     """On processors an op of ours only in half precision."""
     return Case(attention, tuple(heads().detach().half().requires_grad_() for _ in range(3)))
@@ -114,6 +122,7 @@ def conv_stem_case(training: bool = False) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "gpsa": gpsa_case,
     "gpsa_qkpacked": gpsa_qkpacked_case,
+    "gpsa_qkvpacked": gpsa_qkvpacked_case,
     "attention": attention_case,
     "attention_half": attention_half_case,
     "attention_qkvpacked": attention_qkvpacked_case,
@@ -217,7 +226,14 @@ def test_forward_mode_raises_instead_of_returning_zeros(name: str) -> None:
         torch.func.jvp(lambda t: case.function(t, *rest), (x,), (torch.ones_like(x),))
 
 
-VMAPPED = ("gpsa", "gpsa_qkpacked", "attention_half", "patch_embed", "conv_stem_eval")
+VMAPPED = (
+    "gpsa",
+    "gpsa_qkpacked",
+    "gpsa_qkvpacked",
+    "attention_half",
+    "patch_embed",
+    "conv_stem_eval",
+)
 
 
 @pytest.mark.parametrize("name", [*VMAPPED, "attention_qkvpacked"])
@@ -391,6 +407,10 @@ def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "gpsa_backward": (
             ops._gpsa_backward,
+            (torch.randn(2, 3, 15, 8), q, k, v, weight, gate, *gpsa_options),
+        ),
+        "gpsa_backward_qkvpacked": (
+            ops._gpsa_backward_qkvpacked,
             (torch.randn(2, 3, 15, 8), q, k, v, weight, gate, *gpsa_options),
         ),
         "gpsa_backward_empty": (

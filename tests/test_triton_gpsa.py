@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 import fastvit
 from fastvit import reference
 from fastvit.functional import attention, attention_qkvpacked, gpsa_attention
+from fastvit.layers import children
 from fastvit.testing import CANCELLING, poisoned_allocations
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -346,6 +349,39 @@ def test_an_mhsa_layer(launches, differentiate_module, check_agreement) -> None:
     ]
     check_agreement(*([result] for result in results))
     assert launches["forward_stream"] == launches["backward_key"] == 1
+
+
+@contextmanager
+def linear_widths(products: list[int]) -> Iterator[None]:
+    """Note the width of what each ``F.linear`` gives."""
+    linear = torch.nn.functional.linear
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products.append(weight.shape[0])
+        return linear(x, weight, bias)
+
+    with mock.patch("torch.nn.functional.linear", noted):
+        yield
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stacked_projections(
+    bias: bool, backend: str, monkeypatch: pytest.MonkeyPatch, differentiate_module
+) -> None:
+    """One product of the stacked weights, as on a GPU; parameters and gradients stay apart."""
+    layer = fastvit.GPSA(48, 3, qkv_bias=bias, backend=backend).to(DEVICE)
+    torch.nn.init.normal_(layer.gating_param)
+    x = torch.randn(2, 16, 48, device=DEVICE)
+    results = []
+    for takes in (False, True):
+        monkeypatch.setattr(children, "_takes_stacks", lambda x, takes=takes: takes)
+        products = []
+        with linear_widths(products):
+            results.append({k: v.clone() for k, v in differentiate_module(layer, x).items()})
+        assert products == ([144, 48] if takes else [96, 48, 48])
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_attention_gives_one_gradient(launches) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit import reference
-from fastvit.functional import gpsa_attention_qkpacked
-from fastvit.layers.children import dropout_rate, is_plain, project
+from fastvit.functional import gpsa_attention_qkpacked, gpsa_attention_qkvpacked
+from fastvit.layers.children import dropout_rate, is_plain, project, stacked_projection
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
 from fastvit.reference.arguments import check_tokens
@@ -101,14 +101,17 @@ class GPSA(reference.GPSA):
         grid = self.resolve_grid_size(x.shape[1], grid_size)
         B, N, _ = x.shape
         heads = (self.num_heads, self.dim // self.num_heads)
-        out = gpsa_attention_qkpacked(
-            project(self.qk, x).reshape(B, N, 2, *heads),
-            project(self.v, x).reshape(B, N, *heads).transpose(1, 2),
-            self._pos_weight(),
-            self.gating_param,
-            grid,
-            scale=self.scale,
-            dropout_p=dropout_rate(self.attn_drop),
-            backend=self.backend,
-        )
+        parameters = (self._pos_weight(), self.gating_param, grid)
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "dropout_p": dropout_rate(self.attn_drop),
+            "backend": self.backend,
+        }
+        qkv = stacked_projection((self.qk, self.v), x)
+        if qkv is not None:
+            out = gpsa_attention_qkvpacked(qkv.view(B, N, 3, *heads), *parameters, **options)
+        else:
+            qk = project(self.qk, x).reshape(B, N, 2, *heads)
+            v = project(self.v, x).reshape(B, N, *heads).transpose(1, 2)
+            out = gpsa_attention_qkpacked(qk, v, *parameters, **options)
         return self.proj_drop(project(self.proj, out.transpose(1, 2).flatten(2)))

@@ -11,6 +11,7 @@ sum to one, so the renormalisation of the reference is the identity, and
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from fastvit.ops import gpsa_torch
 from fastvit.ops.backend import Call, choose
 from fastvit.ops.library import SingleBackward, differentiable, register, register_gradient
-from fastvit.ops.tokens import like_heads, like_packed, unpack_heads
+from fastvit.ops.tokens import gradients_like, like_heads, unpack_heads
 from fastvit.ops.vmap import over_more_heads
 
 
@@ -60,25 +61,8 @@ def _gpsa_forward(
     return gpsa_torch.forward(q, k, v, pos_weight, gating_param, grid_size, scale)
 
 
-def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    packed = like_packed(q, 2)
-    return (
-        packed,
-        like_heads(v),
-        pos_weight.new_empty(pos_weight.shape),
-        gating.new_empty(gating.shape),
-    )
-
-
-@register(
-    "_gpsa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos_weight, "
-    "Tensor gating_param, SymInt rows, SymInt columns, float scale, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-)
-def _gpsa_backward(
+def _gradients(
+    packed: bool,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -89,8 +73,9 @@ def _gpsa_backward(
     columns: int,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grid_size = (rows, columns)
+    inputs = (grad, q, k, v, pos_weight, gating_param, grid_size, scale, packed)
     if choose(call(q, grid_size), backend) == "triton":
         # Only here, since importing Triton takes time.
         from fastvit.ops import gpsa_triton
@@ -98,15 +83,43 @@ def _gpsa_backward(
 
         plan = trusted_plan("backward", q, grid_size, backend)
         if plan is not None:
-            return gpsa_triton.backward(
-                grad, q, k, v, pos_weight, gating_param, grid_size, scale, plan
-            )
-    return gpsa_torch.backward(grad, q, k, v, pos_weight, gating_param, grid_size, scale)
+            return gpsa_triton.backward(*inputs, plan)
+    return gpsa_torch.backward(*inputs)
+
+
+def _fake_gradients(packed: bool, *args: Any) -> tuple[Tensor, ...]:
+    _, q, _, v, pos_weight, gating_param, *_ = args
+    gradients, _ = gradients_like(q, v, packed)
+    parameters = (pos_weight, gating_param)
+    return *gradients, *(x.new_empty(x.shape) for x in parameters)
+
+
+_BACKWARD_ARGUMENTS = (
+    "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating_param, "
+    "SymInt rows, SymInt columns, float scale, str backend"
+)
+
+
+@register(
+    f"_gpsa_backward({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    functools.partial(_fake_gradients, False),
+)
+def _gpsa_backward(*args: Any) -> tuple[Tensor, ...]:
+    return _gradients(False, *args)
+
+
+@register(
+    f"_gpsa_backward_qkvpacked({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    functools.partial(_fake_gradients, True),
+)
+def _gpsa_backward_qkvpacked(*args: Any) -> tuple[Tensor, ...]:
+    return _gradients(True, *args)
 
 
 _PARAMETERS = ("pos_weight", "gating_param")
 _SEPARATE = ("q", "k", "v", *_PARAMETERS)
 _PACKED = ("qk", "v", *_PARAMETERS)
+_ALL_PACKED = ("qkv", *_PARAMETERS)
 
 
 class _GPSABackward(SingleBackward):
@@ -120,7 +133,21 @@ class _GPSABackward(SingleBackward):
         return over_more_heads(_GPSABackward.apply, names, _PACKED, info, in_dims, args)
 
 
+class _AllPackedGPSABackward(SingleBackward):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _gpsa_backward_qkvpacked(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        names = ("grad", *_SEPARATE)
+        return over_more_heads(
+            _AllPackedGPSABackward.apply, names, _ALL_PACKED, info, in_dims, args
+        )
+
+
 _backward = differentiable(_GPSABackward)(_gpsa_backward)
+_backward_qkvpacked = differentiable(_AllPackedGPSABackward)(_gpsa_backward_qkvpacked)
 
 
 class _GPSA(torch.autograd.Function):
@@ -177,3 +204,32 @@ class _PackedGPSA(torch.autograd.Function):
 
 #: As :data:`gpsa`, with q and k as one (B, N, 2, H, d).
 gpsa_qkpacked = differentiable(_PackedGPSA)(_packed_forward)
+
+
+def _all_packed_forward(qkv: Tensor, *args: Any) -> Tensor:
+    return _gpsa_forward(*unpack_heads(qkv), *args)
+
+
+class _AllPackedGPSA(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _all_packed_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.config = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        qkv, *others = ctx.saved_tensors
+        gradients = _backward_qkvpacked(grad, *unpack_heads(qkv), *others, *ctx.config)
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return over_more_heads(_AllPackedGPSA.apply, _ALL_PACKED, ("out",), info, in_dims, args)
+
+
+#: As :data:`gpsa`, with q, k and v as one (B, N, 3, H, d).
+gpsa_qkvpacked = differentiable(_AllPackedGPSA)(_all_packed_forward)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvit.ops.content import content_gradients, contents
-from fastvit.ops.tokens import like_heads, like_packed, unpack_heads, wide
+from fastvit.ops.tokens import gradients_like, like_heads, wide
 
 
 class PositionFactors(NamedTuple):
@@ -93,21 +93,23 @@ def backward(
     gating_param: Tensor,
     grid_size: tuple[int, int],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q and k as (B, N, 2, H, d), of v, ``pos_weight`` and ``gating_param``."""
+    packed: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, ``packed`` as :func:`gradients_like` says, of ``pos_weight`` and
+    of ``gating_param``.
+    """
     factors = position_factors(pos_weight, grid_size, v.dtype)
     dtype = factors.py.dtype
     gate = torch.sigmoid(gating_param.to(dtype))
     gate_map = gate[:, None, None]
     gated_px, share = gate_map * factors.px, 1.0 - gate_map
 
-    dqk, dv = like_packed(q, 2), like_heads(v)
-    dq, dk = unpack_heads(dqk)
+    gradients, (dq, dk, dv) = gradients_like(q, v, packed)
     inner = torch.zeros_like(gate)
     grad_py, grad_px = torch.zeros_like(factors.py), torch.zeros_like(factors.px)
-    for where, *gradients, dout, value in content_gradients(grad, q, k, v, scale):
+    for where, *content_gradient, dout, value in content_gradients(grad, q, k, v, scale):
         heads = where[1]
-        content_dq, content_dk, content_dv = gradients
+        content_dq, content_dk, content_dv = content_gradient
         py, px, gpx, s = (
             x[heads].to(value.dtype) for x in (factors.py, factors.px, gated_px, share)
         )
@@ -138,7 +140,7 @@ def backward(
     db = (ty * dy).sum((1, 2))
     dc = (tx * dx.square()).sum((1, 2)) + (ty * dy.square()).sum((1, 2))
     dpos_weight = torch.stack((da, db, dc), dim=1)
-    return dqk, dv, dpos_weight.to(pos_weight.dtype), dgating.to(gating_param.dtype)
+    return *gradients, dpos_weight.to(pos_weight.dtype), dgating.to(gating_param.dtype)
 
 
 def _softmax_backward(probabilities: Tensor, grad: Tensor) -> Tensor:

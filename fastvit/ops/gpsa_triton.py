@@ -18,7 +18,7 @@ from fastvit.kernels.forward_tile import forward_tile
 from fastvit.kernels.kronecker import kronecker, position_factors
 from fastvit.kernels.position_gradient import factor_gradient, parameter_gradient
 from fastvit.kernels.position_table import position_table
-from fastvit.ops.tokens import like_heads, like_packed, unpack_heads
+from fastvit.ops.tokens import gradients_like, like_heads, like_packed, unpack_heads
 
 Grid = tuple[int, int]
 
@@ -95,13 +95,15 @@ def backward(
     gating_param: Tensor,
     grid_size: Grid,
     scale: float,
+    packed: bool,
     plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q and k as (B, N, 2, H, d), of v, ``pos_weight`` and ``gating_param``."""
-    dqk, dv = like_packed(q, 2), like_heads(v)
-    if dqk.numel() == 0:
-        return dqk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating_param)
-    dq, dk = unpack_heads(dqk)
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, ``packed`` as :func:`gradients_like` says, of ``pos_weight`` and
+    of ``gating_param``.
+    """
+    gradients, (dq, dk, dv) = gradients_like(q, v, packed)
+    if q.numel() == 0:
+        return *gradients, torch.zeros_like(pos_weight), torch.zeros_like(gating_param)
     dpos_weight, dgating = pos_weight.new_empty(pos_weight.shape), torch.empty_like(gating_param)
     grad, q, k, v = map(_readable, (grad, q, k, v))
     _, precision, kernels = plan
@@ -127,7 +129,7 @@ def backward(
             py, px, dpy, dpx, content, gating_param, dpos_weight, dgating,
             kernels["parameter_gradient"],
         )  # fmt: skip
-    return dqk, dv, dpos_weight, dgating
+    return *gradients, dpos_weight, dgating
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Plan) -> Tensor:

@@ -101,7 +101,7 @@ class _Pair(NamedTuple):
 _PAIRS = {
     ("gpsa", "forward"): _Pair(gpsa_triton.forward, gpsa_torch.forward, ("out",)),
     ("gpsa", "backward"): _Pair(
-        gpsa_triton.backward, gpsa_torch.backward, ("dqk", "dv", "dpos_weight", "dgating_param")
+        gpsa_triton.backward, gpsa_torch.backward, ("dqkv", "dpos_weight", "dgating_param")
     ),
     ("mhsa", "forward"): _Pair(gpsa_triton.attention_forward, mhsa_torch.forward, ("out",)),
     ("mhsa", "backward"): _Pair(gpsa_triton.attention_backward, mhsa_torch.backward, ("dqkv",)),
@@ -122,7 +122,10 @@ def _check(
     inputs = _inputs(dtype, tokens, channels, grid is not None)
     if direction == "forward":
         inputs = inputs[1:]
-    sizes = (channels**-0.5,) if grid is None else (grid, channels**-0.5)
+    sizes: list[Any] = [channels**-0.5] if grid is None else [grid, channels**-0.5]
+    if (op, direction) == ("gpsa", "backward"):
+        # All gradients in one piece.
+        sizes.append(True)
     found = [
         kernels(*(x.to(device) for x in inputs), *sizes, plan),
         operators(*inputs, *sizes),

@@ -62,3 +62,14 @@ def like_packed(q: Tensor, count: int) -> Tensor:
 def unpack_heads(packed: Tensor) -> tuple[Tensor, ...]:
     """The (B, H, N, d) of a packed (B, N, count, H, d), views."""
     return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def gradients_like(q: Tensor, v: Tensor, packed: bool) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Empty gradients of q, k and v (B, H, N, d): first as one (B, N, 3, H, d) if ``packed``, else
+    as (B, N, 2, H, d) of q and k and (B, H, N, d) of v; then all three as views (B, H, N, d).
+    """
+    if packed:
+        dqkv = like_packed(q, 3)
+        return (dqkv,), list(unpack_heads(dqkv))
+    dqk, dv = like_packed(q, 2), like_heads(v)
+    return (dqk, dv), [*unpack_heads(dqk), dv]
