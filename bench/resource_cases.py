@@ -224,7 +224,7 @@ def _arguments(case: Case) -> tuple[Fake, Fake, Fake]:
 
 
 def _precision(case: Case) -> str:
-    return "ieee" if case.precision == "ieee" else "tf32"
+    return "tf32" if case.precision == "tf32" else "ieee"
 
 
 def _forward(case: Case, chosen: dict[str, Any]) -> None:

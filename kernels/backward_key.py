@@ -74,6 +74,9 @@ def backward_key_kernel(
         # [KEYS, ROWS]
         b_s = inner_products(b_k, b_q, PRECISION) * (scale * LOG2_E)
         b_a = tl.exp2(b_s - b_log[None, :])
+        if N % ROWS != 0:
+            # Queries beyond N are zero, but zero times an infinite key is not a number.
+            b_a = tl.where(o_i[None, :] < N, b_a, 0.0)
         b_dv = add_product(b_dv, b_a, b_g, PRECISION)
         b_da = inner_products(b_v, b_g, PRECISION)
         b_dk = add_product(b_dk, b_a * (b_da - b_mean[None, :]), b_q, PRECISION)

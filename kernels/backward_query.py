@@ -82,7 +82,8 @@ def backward_query_kernel(
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
         b_mean = b_mean * b_shrink + tl.sum(b_e * b_da, 1)
         b_max = b_new
-    b_mean = b_mean / b_sum
+    # Queries beyond N are zero, but zero times an infinite key is not a number.
+    b_mean = tl.where(o_i < N, b_mean / b_sum, 0.0)
     b_log = b_max + tl.log2(b_sum)
 
     acc = zero_rows(ROWS, D_CHUNKS)
@@ -101,7 +102,6 @@ def backward_query_kernel(
     share = 1.0
     if GATED:
         share = tl.sigmoid(-tl.load(gating_param + i_h).to(tl.float32))
-        # Rows beyond N have no gradient, so their means are zero.
         i_part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(content + i_part, tl.sum(b_mean))
     p_dq = dq + (i_b * dq_strides[0] + i_h * dq_strides[1]) * UNIT

@@ -89,6 +89,9 @@ def backward_tile_kernel(
             b_s = tl.where(o_j[:, None] < N, b_s, float("-inf"))
         b_e = tl.exp2(b_s - tl.max(b_s, 0)[None, :])
         b_a = b_e * (1.0 / tl.sum(b_e, 0))[None, :]
+        if N % ROWS != 0:
+            # Queries beyond N are zero, but zero times an infinite key is not a number.
+            b_a = tl.where(o_i[None, :] < N, b_a, 0.0)
         b_da = inner_products(b_v, b_g, PRECISION)
         b_mean = tl.sum(b_a * b_da, 0)
         b_content += b_mean

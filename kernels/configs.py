@@ -84,7 +84,8 @@ def forward(p: Problem) -> dict[str, Config]:
         table = {} if p.grid is None else {"position_table": Config()}
         return {**table, "forward_tile": tile}
     position = {} if p.grid is None else {"position_factors": Config(), "kronecker": _kronecker(p)}
-    return {**position, "forward_stream": _stream(p, rows=64, keys=64)}
+    keys = 32 if p.arch == "sm_100" and p.channels > 64 else 64
+    return {**position, "forward_stream": _stream(p, rows=64, keys=keys)}
 
 
 def backward(p: Problem) -> dict[str, Config]:
@@ -143,7 +144,7 @@ def _backward_tile(p: Problem) -> Config | None:
 
 
 def _query(p: Problem) -> Config:
-    if p.arch not in _FROM_SHARED_MEMORY and p.channels <= 64:
+    if p.arch not in _FROM_SHARED_MEMORY and 16 < p.channels <= 64:
         return _stream(p, rows=32, keys=64)
     # 64 keys of a wide head would spill.
     narrow = p.arch not in _FROM_SHARED_MEMORY or (p.arch == "sm_100" and p.channels > 64)
@@ -164,8 +165,12 @@ def _stream(p: Problem, rows: int, keys: int) -> Config:
     precision.
     """
     if p.arithmetic == "half":
-        wide = p.arch in _FROM_SHARED_MEMORY
-        channels = pieces(p.channels) if wide else (_power(p.channels),)
+        channels = pieces(p.channels)
+        # Three pieces spill, and so do two in tensor memory if they are wide.
+        largest = 2 if p.arch == "sm_90" else 1
+        fits = len(channels) <= largest or (p.arch == "sm_100" and p.channels <= 64)
+        if not fits:
+            channels = (_power(p.channels),)
         return Config(rows=rows, keys=keys, channels=channels, stages=2)
     if p.arithmetic == "tf32":
         return Config(rows=32, keys=32, channels=(_power(p.channels),))

@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastvit.kernels import configs
 
-from fastvit.ops import gpsa_triton
+from fastvit.ops import gpsa_triton, trust
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -40,6 +40,12 @@ LAUNCHERS = (
     "position_table", "position_factors", "kronecker", "forward_tile", "forward_stream",
     "backward_tile", "backward_query", "backward_key", "factor_gradient", "parameter_gradient",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are the proof; the check at first use would count as launches."""
+    monkeypatch.setattr(trust, "needs_proof", lambda device: False)
 
 
 @pytest.fixture
@@ -237,6 +243,10 @@ def test_layouts(how: str, grid: tuple[int, int], launches, differentiate) -> No
     expected = differentiate(kernels, inputs)
     for name in "qkv":
         inputs[name] = strided(inputs[name], how)
+    # Every second of more, and one for all heads.
+    weight, gate = inputs["pos_weight"], inputs["gating_param"]
+    inputs["pos_weight"] = torch.stack((weight, weight), -1)[..., 0]
+    inputs["gating_param"] = torch.stack((gate, gate), -1)[..., 0]
     found = differentiate(kernels, inputs)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -310,6 +320,21 @@ def test_not_a_number_goes_where_it_does_in_the_reference(grid: tuple[int, int])
     assert torch.equal(kernels(**inputs).isnan(), oracle(**inputs).isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("grid", [(3, 3), (17, 16)])
+def test_keys_of_minus_infinity_have_no_share(
+    grid: tuple[int, int], dtype: torch.dtype, differentiate
+) -> None:
+    """Rows of a tile beyond the tokens meet them, too, and must not spoil its sums."""
+    inputs = problem(1, 1, grid[0] * grid[1], 16, dtype)
+    inputs["q"].abs_()
+    inputs["k"][:, :, :3] = -float("inf")
+    kernels, oracle = gpsa(grid)
+    found, expected = differentiate(kernels, inputs), differentiate(oracle, inputs)
+    for name, value in expected.items():
+        assert torch.equal(found[name].isnan(), value.isnan()), name
+
+
 @pytest.mark.parametrize("grid", [(5, 5), (17, 16)])
 def test_scores_of_minus_infinity(grid: tuple[int, int]) -> None:
     """A whole block of keys may be out of the question, if not all."""
@@ -335,6 +360,21 @@ def test_a_layer_compiled(dtype: torch.dtype, launches, differentiate_module) ->
     for name, value in eager.items():
         compiled = name.replace("grad of ", "grad of _orig_mod.")
         torch.testing.assert_close(found[compiled if compiled in found else name], value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compiled_for_any_size(backend: str) -> None:
+    """With all sizes symbolic, the head's channels among them."""
+    torch._dynamo.reset()
+
+    def both(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating_param: Tensor) -> Tensor:
+        grid = (2, q.shape[2] // 2)
+        return gpsa_attention(q, k, v, pos_weight, gating_param, grid, backend=backend)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True)
+    for B, H, N, d in ((2, 3, 6, 16), (3, 2, 8, 24)):
+        inputs = problem(B, H, N, d, torch.float32)
+        torch.testing.assert_close(compiled(**inputs), both(**inputs))
 
 
 def test_an_mhsa_layer(launches, differentiate_module, check_agreement) -> None:

@@ -21,7 +21,9 @@ from fastvit.testing import Agreement
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvit.ops import gpsa_triton
+from fastvit.kernels.kronecker import padded
+
+from fastvit.ops import gpsa_triton, gpsa_trust
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter stands for a GPU here"
@@ -121,6 +123,8 @@ def test_a_kernel_that_raises_is_not_used(gpu: Path, monkeypatch: pytest.MonkeyP
     with pytest.warns(RuntimeWarning, match="RuntimeError: out of resources"):
         found = gpsa_attention(*inputs, GRID)
     torch.testing.assert_close(found, gpsa_attention(*inputs, GRID, backend="torch"))
+    # Memory may have been short: the next process tries again.
+    assert not gpu.exists()
 
 
 def test_every_size_and_dtype_proves_itself(gpu: Path) -> None:
@@ -135,6 +139,31 @@ def test_every_size_and_dtype_proves_itself(gpu: Path) -> None:
     # More images are no other specialisation.
     gpsa_attention(*(x.repeat(3, 1, 1, 1) if x.ndim == 4 else x for x in inputs), GRID)
     assert list(trust.verified_here()) == keys
+
+
+def test_the_check_goes_through_several_images(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many groups as images would hide a program that stops after its first."""
+    groups = []
+    gradient = gpsa_triton.factor_gradient
+
+    def noted(*args: object) -> object:
+        groups.append((args[0].shape[0], args[-1].groups))
+        return gradient(*args)
+
+    monkeypatch.setattr(gpsa_triton, "factor_gradient", noted)
+    run(leaves())
+    assert groups[0] == (2, 1)
+
+
+@pytest.mark.parametrize("sides", [(24, 24), (17, 33), (64, 64), (5, 64), (20, 16), (64, 5)])
+def test_a_check_of_many_tokens_has_the_same_tiles(sides: tuple[int, int]) -> None:
+    N = sides[0] * sides[1]
+    tokens, grid = gpsa_trust._small(N, sides)
+    assert tokens == grid[0] * grid[1] <= max(N, 33 * 33)
+    assert tokens > 256
+    assert (tokens % 64 == 0) == (N % 64 == 0)
+    for small, side in zip(grid, sides, strict=True):
+        assert padded(small) == padded(side)
 
 
 def test_what_the_package_ships_as_verified_is_not_checked(
@@ -189,8 +218,14 @@ def test_a_cache_that_cannot_be_written(gpu: Path, monkeypatch: pytest.MonkeyPat
 def test_a_damaged_cache_is_begun_again(gpu: Path) -> None:
     gpu.parent.mkdir(parents=True)
     gpu.write_text('{"cut off')
-    assert trust.trusts(trust.Candidate("op/key", list), "auto")
+    candidate = trust.Candidate("op/key", lambda: [Agreement("out", 0.0, 0.0, 1.0)])
+    assert trust.trusts(candidate, "auto")
     assert json.loads(gpu.read_text()) == {"op/key": ""}
+
+
+def test_a_check_that_compares_nothing_is_no_proof(gpu: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="compared nothing"):
+        assert not trust.trusts(trust.Candidate("op/key", list), "auto")
 
 
 def test_many_processes_share_a_cache(gpu: Path) -> None:

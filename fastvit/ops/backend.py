@@ -23,7 +23,6 @@ PREFERENCE = ("native", "triton", "torch", "reference")
 
 #: What the Triton kernels of attention take.
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_CHANNELS = range(16, 129, 8)
 _TRITON_SIDE = 64
 
 
@@ -142,7 +141,8 @@ def _triton_refusal(call: Call) -> str | None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TRITON_DTYPES)
         got = str(call.dtype).removeprefix("torch.")
         return f"the Triton kernels take {names}, and the tokens are {got}"
-    if call.channels is not None and call.channels not in _TRITON_CHANNELS:
+    # Not as membership of a range, which a trace with symbolic sizes cannot ask.
+    if call.channels is not None and not (16 <= call.channels <= 128 and call.channels % 8 == 0):
         return (
             "the Triton kernels take heads of 16 to 128 channels in steps of 8, "
             f"and these have {call.channels}"
@@ -153,22 +153,28 @@ def _triton_refusal(call: Call) -> str | None:
     return _triton_absence(call.device.type, call.device.index)
 
 
-# A trace takes the answer as it is: nothing in it depends on the traced tensors.
-@torch.compiler.assume_constant_result
 def _triton_absence(device_type: str, index: int | None) -> str | None:
     """Why this machine runs no Triton kernel on a device."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with PyTorch's builds for NVIDIA GPUs"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and interpreted:
         return None
     if device_type != "cuda" or torch.version.hip is not None:
         return f"Triton kernels run on NVIDIA GPUs, and the tensors are on {device_type}"
+    if interpreted:
+        return "TRITON_INTERPRET=1 puts Triton's kernels on the processor"
     if not torch.cuda.is_available():
         return "CUDA is not available in this process"
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"the Triton kernels need compute capability 8.0 or later, got {major}.{minor}"
     return None
+
+
+# A trace takes the answer as it is: nothing in it depends on traced tensors. This is what
+# torch.compiler.assume_constant_result does, after a second of importing the compiler.
+_triton_absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(call: Call, name: str) -> str:

@@ -41,15 +41,18 @@ def architecture(device: torch.device) -> str:
     return found
 
 
+def precision() -> str:
+    """How float32 is multiplied, as PyTorch's switch says: "tf32" or "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def plan(direction: str, q: Tensor, grid_size: Grid | None) -> Plan:
     """What runs in the "forward" or "backward" of q (B, H, N, d); plain attention without grid."""
     arch = architecture(q.device)
-    # As PyTorch's switch says.
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    arithmetic = precision if q.dtype == torch.float32 else "half"
+    arithmetic = precision() if q.dtype == torch.float32 else "half"
     B, H, N, d = q.shape
     problem = configs.Problem(arch, arithmetic, B, H, N, d, grid_size)
-    return Plan(arch, precision, getattr(configs, direction)(problem))
+    return Plan(arch, precision(), getattr(configs, direction)(problem))
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -72,6 +75,7 @@ def forward(
     if out.numel() == 0:
         return out
     q, k, v = map(_readable, (q, k, v))
+    gating_param = gating_param.contiguous()
     _, precision, kernels = plan
     with torch.cuda.device_of(q):
         if "forward_tile" in kernels:
@@ -104,6 +108,7 @@ def backward(
     gradients, (dq, dk, dv) = gradients_like(q, v, packed)
     if q.numel() == 0:
         return *gradients, torch.zeros_like(pos_weight), torch.zeros_like(gating_param)
+    gating_param = gating_param.contiguous()
     dpos_weight, dgating = pos_weight.new_empty(pos_weight.shape), torch.empty_like(gating_param)
     grad, q, k, v = map(_readable, (grad, q, k, v))
     _, precision, kernels = plan

@@ -42,6 +42,7 @@ class _Verdicts:
         self.known: dict[str, str] | None = None
         #: Found by this process, for :func:`verified_here`.
         self.found: dict[str, str] = {}
+        self.generation = 0
 
     def load(self) -> dict[str, str]:
         if self.known is None:
@@ -49,10 +50,11 @@ class _Verdicts:
             self.known = {**_read(_cache_file()), **dict.fromkeys(shipped, "")}
         return self.known
 
-    def record(self, key: str, verdict: str) -> None:
+    def record(self, key: str, verdict: str, lasting: bool) -> None:
         self.load()[key] = verdict
         self.found[key] = verdict
-        _add_to_cache(key, verdict)
+        if lasting:
+            _add_to_cache(key, verdict)
 
 
 _verdicts = _Verdicts()
@@ -75,29 +77,45 @@ def trusts(candidate: Candidate, asked: str) -> bool:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 # A check copies to the host, which a capture forbids.
                 return asked != "auto"
-            known = _run(candidate)
-            _verdicts.record(candidate.key, known)
+            known, lasting = _run(candidate)
+            _verdicts.record(candidate.key, known, lasting)
             if known and asked == "auto":
                 warnings.warn(
                     f"fastvit: a Triton kernel disagrees with PyTorch on this machine and is not "
-                    f"used; the torch backend serves instead. {candidate.key}: {known}",
+                    f"used; the torch backend serves instead. {candidate.key}: {known} "
+                    f"(kept in {_cache_file()}; deleting the file repeats the check)",
                     RuntimeWarning,
                     stacklevel=2,
                 )
     if known and asked != "auto":
         raise RuntimeError(
             f"backend: {asked!r} was asked for, but its kernel failed the check on this machine; "
-            f"{candidate.key}: {known}"
+            f"{candidate.key}: {known} (deleting {_cache_file()} repeats the check)"
         )
     return not known
 
 
-def _run(candidate: Candidate) -> str:
+def _run(candidate: Candidate) -> tuple[str, bool]:
+    """The verdict, and whether it holds for later processes, too."""
     try:
-        wrong = [str(result) for result in candidate.check() if not result.ok]
+        results = list(candidate.check())
     except Exception as error:  # whatever a kernel or its compiler raises is the finding
-        return f"{type(error).__name__}: {error}"
-    return "; ".join(wrong)
+        # Memory may have been short this time.
+        return f"{type(error).__name__}: {error}", False
+    if not results:
+        return "the check compared nothing", True
+    return "; ".join(str(result) for result in results if not result.ok), True
+
+
+def is_known(candidate: Candidate) -> bool:
+    """Whether there is a verdict, which there is not after a capture."""
+    with _verdicts.lock:
+        return candidate.key in _verdicts.load()
+
+
+def generation() -> int:
+    """Changes with :func:`forget`."""
+    return _verdicts.generation
 
 
 def verified_here() -> dict[str, str]:
@@ -117,6 +135,7 @@ def forget() -> None:
     with _verdicts.lock:
         _verdicts.known = None
         _verdicts.found = {}
+        _verdicts.generation += 1
 
 
 def source_hash(*files: Path) -> str:
