@@ -144,6 +144,8 @@ def _backward_tile(p: Problem) -> Config | None:
 
 
 def _query(p: Problem) -> Config:
+    if p.arithmetic == "ieee":
+        return _stream(p, rows=0, keys=0)._replace(rows=32)
     if p.arch not in _FROM_SHARED_MEMORY and 16 < p.channels <= 64:
         return _stream(p, rows=32, keys=64)
     # 64 keys of a wide head would spill.
@@ -156,7 +158,7 @@ def _key(p: Problem) -> Config:
     if p.arithmetic != "half":
         keys = 32 if p.arithmetic == "tf32" else 16
         return _stream(p, rows=0, keys=0)._replace(rows=16, keys=keys)
-    wide = p.arch in _FROM_SHARED_MEMORY or p.channels <= 64
+    wide = p.arch in _FROM_SHARED_MEMORY or (p.arch != "sm_120" and p.channels <= 64)
     return _stream(p, rows=32, keys=64 if wide else 32)
 
 
@@ -172,10 +174,11 @@ def _stream(p: Problem, rows: int, keys: int) -> Config:
         if not fits:
             channels = (_power(p.channels),)
         return Config(rows=rows, keys=keys, channels=channels, stages=2)
+    keys = 32 if p.channels <= 64 else 16
     if p.arithmetic == "tf32":
-        return Config(rows=32, keys=32, channels=(_power(p.channels),))
+        return Config(rows=32, keys=keys, channels=(_power(p.channels),))
     # Without matrix instructions a thread holds whole rows of both operands: narrow tiles.
-    return Config(rows=32, keys=32, channels=(16,) * -(-p.channels // 16))
+    return Config(rows=keys, keys=keys, channels=(16,) * -(-p.channels // 16))
 
 
 def _kronecker(p: Problem) -> Config:
@@ -192,7 +195,8 @@ def _factor_gradient(p: Problem) -> Config:
         # Tiles of 32 spill in 4 warps, those of 64 in tensor memory in 8.
         side = max(p.grid or ())
         few = side <= 16 or (side > 32 and p.arch == "sm_100")
-        return Config(channels=(8,), warps=4 if few else 8, groups=groups)
+        channels = 4 if side > 32 and p.arch not in _FROM_SHARED_MEMORY else 8
+        return Config(channels=(channels,), warps=4 if few else 8, groups=groups)
     if p.arithmetic == "tf32":
         return Config(channels=(4,), warps=8, groups=groups)
     return Config(channels=(2,), warps=4, groups=groups)
