@@ -158,8 +158,9 @@ def _key(p: Problem) -> Config:
     if p.arithmetic != "half":
         keys = 32 if p.arithmetic == "tf32" else 16
         return _stream(p, rows=0, keys=0)._replace(rows=16, keys=keys)
-    wide = p.arch in _FROM_SHARED_MEMORY or (p.arch != "sm_120" and p.channels <= 64)
-    return _stream(p, rows=32, keys=64 if wide else 32)
+    widest = 32 if p.arch == "sm_120" else 64
+    keys = 64 if p.arch in _FROM_SHARED_MEMORY or p.channels <= widest else 32
+    return _stream(p, rows=32, keys=keys)
 
 
 def _stream(p: Problem, rows: int, keys: int) -> Config:
