@@ -84,7 +84,7 @@ def forward(p: Problem) -> dict[str, Config]:
         table = {} if p.grid is None else {"position_table": Config()}
         return {**table, "forward_tile": tile}
     position = {} if p.grid is None else {"position_factors": Config(), "kronecker": _kronecker(p)}
-    keys = 32 if p.arch == "sm_100" and p.channels > 64 else 64
+    keys = 32 if p.arch == "sm_100" and not 32 < p.channels <= 64 else 64
     return {**position, "forward_stream": _stream(p, rows=64, keys=keys)}
 
 
