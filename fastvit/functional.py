@@ -110,7 +110,7 @@ def gpsa_attention(
     q, k, v = _cast(cast, q, k, v)
     asked = requested(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or (plain_ops_wanted()):
+    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
         return _plain(
             reference.gpsa_attention, q, k, v, pos_weight, gating_param, grid_size,
             scale=scale, dropout_p=dropout_p,
@@ -150,7 +150,7 @@ def gpsa_attention_qkpacked(
     cast = autocast_dtype(qk)
     check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
     asked = requested(backend)
-    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or (plain_ops_wanted()):
+    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
         return gpsa_attention(
             q, k, v, pos_weight, gating_param, grid_size,
             scale=scale, dropout_p=dropout_p, backend=backend,

@@ -243,7 +243,7 @@ def test_layouts(how: str, grid: tuple[int, int], launches, differentiate) -> No
     expected = differentiate(kernels, inputs)
     for name in "qkv":
         inputs[name] = strided(inputs[name], how)
-    # Every second of more, and one for all heads.
+    # Every second of more.
     weight, gate = inputs["pos_weight"], inputs["gating_param"]
     inputs["pos_weight"] = torch.stack((weight, weight), -1)[..., 0]
     inputs["gating_param"] = torch.stack((gate, gate), -1)[..., 0]

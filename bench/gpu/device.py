@@ -110,6 +110,7 @@ class GPU:
         passes = max(1, math.ceil(_SAMPLE / (single * len(calls))))
         try:
             replay, kept = self.capture(_keeping(calls))
+        # Not everything can be captured; how it was timed is recorded.
         except Exception as error:
             torch.cuda.synchronize()
             reason = f"events, since no graph took it: {type(error).__name__}"

@@ -102,6 +102,7 @@ class Run:
             records = read_all(self.out)
             picture = plot.write(self.out, records, dry=self.dry)
             summary.write(self.out, records, picture, dry=self.dry)
+        # A fault of the report must not end the stages, whose results are on disk.
         except Exception:
             traceback.print_exc()
 

@@ -34,6 +34,7 @@ def run(device: Device, record: Record) -> None:
             continue
         try:
             said = check(device)
+        # Recorded as this check's failure; the others still run.
         except Exception as error:
             record.fail(f"{name}: {first_line(error)}")
             said = first_line(error)

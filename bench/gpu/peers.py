@@ -47,6 +47,7 @@ def _core(device: Device, record: Record, rates: dict | None, shape: Shape) -> N
             checks.append(check._asdict())
             if not check.ok:
                 record.fail(f"{shape.name}: {check}")
+        # A backend that refuses a shape is a finding about that backend.
         except Exception as error:
             checks.append({"name": backend, "error": first_line(error)})
     for mode, backward in MODES.items():

@@ -50,6 +50,7 @@ def compete(
         start = time.perf_counter()
         try:
             samplers[name], how = device.sampler(make(), graphs=graphs)
+        # Recorded as this contender's error; the others are still timed.
         except Exception as error:
             found[name] = {"error": first_line(error)}
             # Its frames hold memory.

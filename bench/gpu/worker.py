@@ -38,6 +38,7 @@ def main() -> int:
         record.data["before"] = device.state()
         importlib.import_module(f"gpu.{options.stage}").run(device, record)
         record.data["after"] = device.state()
+    # What was recorded until then stays, and the failure is recorded beside it.
     except Exception as error:
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0]

@@ -49,10 +49,10 @@ def unwatched_linear(layer: nn.Module, x: Tensor) -> bool:
 
 def stacked_projection(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     """The outputs of several linear layers side by side, by one product with their weights stacked,
-    on a GPU; None where that is not the same or not faster.
+    on a GPU; None elsewhere, and where somebody would miss a layer's own call.
 
-    One launch then reads ``x`` once. On a processor, where a launch costs nothing, the copy of the
-    weights is a loss.
+    One launch then reads ``x`` once, which has not been measured on a GPU. On a processor it gained
+    nothing over the copy of the weights.
     """
     first, *others = layers
     if not _takes_stacks(x) or not all(is_plain(layer, nn.Linear) for layer in layers):
