@@ -9,10 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLD_TRITON := $(VENV)/triton-3.6
 CONSTRAINTS := requirements/tested.txt
+SANITIZED := build/sanitized
+SANITIZERS := address undefined
+# Tests of the compiled module, those that are there.
+NATIVE_TESTS := $(wildcard tests/test_sanitizers.py tests/test_native.py \
+	tests/test_patch_rows*.py tests/test_place_tokens.py tests/test_patch_embed_native.py)
 # What the installed package is made from.
 SOURCES := setup.py CMakeLists.txt pyproject.toml README.md \
 	$(shell find fastvit kernels csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
-CXX_SOURCES := $(filter-out csrc/dlpack.h,$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu))
+CXX_SOURCES := $(filter-out csrc/dlpack.h,$(foreach kind,h cpp cu cuh, \
+	$(wildcard csrc/*.$(kind) tests/emulator/*.$(kind))))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -23,8 +29,10 @@ help:
 	@echo "make bench     environment, install, and the table of times per epoch; for example"
 	@echo "               make bench ARGS='--rows ConViT-S --steps 10 --report out'"
 	@echo "make gpu       check and measure on this GPU, offline, with PYTHON as it is; STAGE=, OUT=, DRY=1"
-	@echo "make resources compile the Triton kernels for every architecture, update the tables of it"
+	@echo "make resources compile the Triton kernels, and with an nvcc the CUDA kernels, for every"
+	@echo "               architecture, update the tables of it"
 	@echo "make install   environment and install only: $(BIN)/fastvit info"
+	@echo "make sanitize  the tests of the compiled module with AddressSanitizer and UBSan (Linux, GCC)"
 	@echo "make lint      ruff, mypy on the installed package, clang-format"
 	@echo "make format    rewrite the sources as lint wants them"
 	@echo "make clean     remove what builds and caches left ($(VENV) stays)"
@@ -70,6 +78,9 @@ lint: install
 test: lint $(OLD_TRITON)/.created
 	$(BIN)/fastvit info
 	$(BIN)/pytest tests $(ARGS)
+ifeq ($(shell uname -s),Linux)
+	$(MAKE) sanitize ARGS=
+endif
 	$(OLD_TRITON)/bin/python bench/resources.py --check
 	$(BIN)/pytest bench
 
@@ -79,10 +90,35 @@ $(OLD_TRITON)/.created: $(VENV)/.created
 	$(OLD_TRITON)/bin/python -m pip install triton==3.6.0
 	@touch $@
 
+# A second package with a module of its own, in a build folder of its own: the installed one and
+# its build stay as they are.
+$(SANITIZED)/.built: $(VENV)/.dependencies $(SOURCES)
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	printf '[build]\nbuild_base = $(SANITIZED)/work\n' > $(SANITIZED)/setup.cfg
+	DIST_EXTRA_CONFIG=$(SANITIZED)/setup.cfg FASTVIT_CUDA=0 \
+		CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Debug '-DFASTVIT_SANITIZE=$(subst $() $(),;,$(SANITIZERS))'" \
+		$(BIN)/python -m pip install --no-deps --target $(SANITIZED)/package .
+	@touch $@
+
+# Python itself is not instrumented, so the sanitizers' libraries come before all others, and with
+# them libstdc++, whose exceptions they watch. Python frees little at its exit, hence no leak check;
+# its objects get memory of their own each, with guards around it.
+.PHONY: sanitize
+sanitize: $(SANITIZED)/.built
+	libraries=$$(ldd $(SANITIZED)/package/fastvit/_C.*.so | awk '/lib(asan|ubsan|stdc\+\+)\./ {print $$3}') && \
+	env LD_PRELOAD="$$(echo $$libraries)" \
+		PYTHONPATH='$(CURDIR)/$(SANITIZED)/package' PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
+		UBSAN_OPTIONS=print_stacktrace=1 \
+		FASTVIT_TEST_SANITIZERS='$(SANITIZERS)' \
+		$(BIN)/pytest -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
+
 .PHONY: resources
 resources: install $(OLD_TRITON)/.created
 	$(BIN)/python bench/resources.py --write
 	$(OLD_TRITON)/bin/python bench/resources.py --write
+	$(BIN)/python bench/cuda_resources.py --write --optional
 
 .PHONY: bench
 bench: install

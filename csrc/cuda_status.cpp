@@ -10,7 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda_support.h"
-#include "uint8_fold.h"
+#include "patch_embed.h"
 #endif
 
 namespace py = pybind11;
@@ -30,7 +30,7 @@ py::dict device_status(int index) {
   cudaError_t kernel;
   {
     const DeviceGuard guard(index);
-    kernel = static_cast<cudaError_t>(probe_uint8_fold());
+    kernel = static_cast<cudaError_t>(probe_patch_embed());
     cudaGetLastError();  // the probe's error is reported here and must not reach a later launch
   }
   py::dict device;

@@ -184,9 +184,15 @@ void TensorView::expect_contiguous() const {
   }
 }
 
-void TensorView::expect_cpu_or_cuda() const {
-  if (device_.device_type != kDLCPU && device_.device_type != kDLCUDA) {
-    throw_value_error(name_, "a tensor on cpu or cuda", device_text(device_));
+void TensorView::expect_cpu() const {
+  if (device_.device_type != kDLCPU) {
+    throw_value_error(name_, "a tensor on cpu", device_text(device_));
+  }
+}
+
+void TensorView::expect_cuda() const {
+  if (!is_cuda()) {
+    throw_value_error(name_, "a tensor on cuda", device_text(device_));
   }
 }
 
@@ -194,6 +200,10 @@ void TensorView::expect_like(const TensorView& other) const {
   if (!has_dtype(other.dtype_)) {
     throw_type_error(name_, dtype_text(other.dtype_) + " like " + other.name_, dtype_text(dtype_));
   }
+  expect_device_of(other);
+}
+
+void TensorView::expect_device_of(const TensorView& other) const {
   if (device_.device_type != other.device_.device_type ||
       device_.device_id != other.device_.device_id) {
     throw_value_error(name_, "a tensor on " + device_text(other.device_) + " like " + other.name_,

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "dlpack.h"
+#include "element.h"
 
 namespace fastvit {
 
@@ -26,6 +27,18 @@ struct ElementType<float> {
 template <>
 struct ElementType<double> {
   static constexpr DLDataType value{kDLFloat, 64, 1};
+};
+template <>
+struct ElementType<Half> {
+  static constexpr DLDataType value{kDLFloat, 16, 1};
+};
+template <>
+struct ElementType<Bfloat16> {
+  static constexpr DLDataType value{kDLBfloat, 16, 1};
+};
+template <>
+struct ElementType<uint8_t> {
+  static constexpr DLDataType value{kDLUInt, 8, 1};
 };
 
 // Borrows the memory of a tensor: valid while the Python call that passed the tensor lasts, also
@@ -57,8 +70,13 @@ class TensorView {
   void expect_rank(int rank) const;
   void expect_shape(std::initializer_list<int64_t> shape) const;
   void expect_contiguous() const;
-  void expect_cpu_or_cuda() const;
+  void expect_cpu() const;
+  void expect_cuda() const;
+  void expect_device_of(const TensorView& other) const;
   void expect_like(const TensorView& other) const;  // the same dtype, on the same device
+
+  // The elements, of the dtype that was checked.
+  void* raw_data() const { return data_; }
 
   // The elements; throws std::logic_error if the dtype was not checked to be T beforehand.
   template <typename T>
@@ -72,8 +90,9 @@ class TensorView {
   // The stream on which the tensor's framework queues work for the tensor's device (null on CPU).
   void* current_stream() const;
 
- private:
   bool has_dtype(DLDataType dtype) const;
+
+ private:
   std::string shape_text() const;
 
   std::string name_;
@@ -91,6 +110,18 @@ template <typename Body>
 void visit_float_type(const TensorView& view, Body&& body) {
   if (view.dtype().bits == ElementType<double>::value.bits) {
     std::forward<Body>(body)(static_cast<double*>(nullptr));
+  } else {
+    std::forward<Body>(body)(static_cast<float*>(nullptr));
+  }
+}
+
+// The same for a view checked to be float32, float16 or bfloat16.
+template <typename Body>
+void visit_token_type(const TensorView& view, Body&& body) {
+  if (view.has_dtype(ElementType<Half>::value)) {
+    std::forward<Body>(body)(static_cast<Half*>(nullptr));
+  } else if (view.has_dtype(ElementType<Bfloat16>::value)) {
+    std::forward<Body>(body)(static_cast<Bfloat16*>(nullptr));
   } else {
     std::forward<Body>(body)(static_cast<float*>(nullptr));
   }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "uint8_fold.h"
 
-#include <pybind11/stl.h>
-
 #include <cmath>
 #include <optional>
 #include <vector>
 
 #include "bindings.h"
+#include "normalization.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -19,6 +18,17 @@ FoldedChannel fold_channel(double mean, double std) {
 }
 
 namespace {
+
+template <typename T>
+struct FoldArgs {
+  const T* weight;   // [outputs, channels, area]
+  const T* bias;     // [outputs], or null for no bias
+  T* folded_weight;  // [outputs, channels, area]
+  T* folded_bias;    // [outputs]
+  int64_t outputs;   // rows of the weight
+  int64_t channels;  // image channels
+  int64_t area;      // pixels of a patch
+};
 
 // Sums in double and in a fixed order; the independent lanes let the compiler vectorise.
 template <typename T>
@@ -58,53 +68,12 @@ void fold_on_cpu(const FoldArgs<T>& args, const FoldedChannel* channels) {
   }
 }
 
-// One double for each image channel, out of any Python sequence of numbers.
-std::vector<double> channel_values(py::handle values, const char* name, int64_t channels) {
-  std::vector<double> result;
-  try {
-    // Converted here, not by the binding, whose message would print the tensors in full.
-    result = values.cast<std::vector<double>>();
-  } catch (const py::cast_error&) {
-    throw py::type_error(std::string(name) + ": expected a sequence of numbers, got " +
-                         std::string(py::str(py::type::handle_of(values).attr("__qualname__"))));
-  }
-  if (static_cast<int64_t>(result.size()) != channels) {
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(channels) +
-                          " values, one for each image channel of weight, got " +
-                          std::to_string(result.size()));
-  }
-  return result;
-}
-
-std::vector<FoldedChannel> fold_channels(py::handle means, py::handle stds, int64_t channels) {
-  const std::vector<double> mean = channel_values(means, "mean", channels);
-  const std::vector<double> std = channel_values(stds, "std", channels);
+std::vector<FoldedChannel> fold_channels(const Normalization& normalization) {
   std::vector<FoldedChannel> folded;
-  folded.reserve(mean.size());
-  for (size_t c = 0; c < mean.size(); ++c) {
-    if (std[c] == 0) {
-      throw py::value_error("std: expected values other than 0, got 0 for channel " +
-                            std::to_string(c));
-    }
-    folded.push_back(fold_channel(mean[c], std[c]));
+  for (size_t c = 0; c < normalization.mean.size(); ++c) {
+    folded.push_back(fold_channel(normalization.mean[c], normalization.std[c]));
   }
   return folded;
-}
-
-void expect_cuda_can_fold(const TensorView& weight) {
-#if FASTVIT_WITH_CUDA
-  if (weight.size(1) > kMaxDeviceFoldChannels) {
-    throw py::value_error(weight.name() + ": expected at most " +
-                          std::to_string(kMaxDeviceFoldChannels) +
-                          " image channels on a GPU, got " + std::to_string(weight.size(1)));
-  }
-#else
-  throw std::runtime_error(weight.name() +
-                           ": expected a tensor on cpu, since this build of fastvit has no CUDA "
-                           "code, got cuda:" +
-                           std::to_string(weight.device().device_id) +
-                           "; install again with FASTVIT_CUDA=1 where there is an nvcc");
-#endif
 }
 
 void fold_uint8(py::handle weight_tensor,      // [D, C, ph, pw], float32 or float64
@@ -122,7 +91,7 @@ void fold_uint8(py::handle weight_tensor,      // [D, C, ph, pw], float32 or flo
   }
 
   weight.expect_dtype({ElementType<float>::value, ElementType<double>::value});
-  weight.expect_cpu_or_cuda();
+  weight.expect_cpu();
   weight.expect_rank(4);
   weight.expect_contiguous();
   const auto expect_fit = [&weight](const TensorView& view, std::initializer_list<int64_t> shape) {
@@ -135,12 +104,7 @@ void fold_uint8(py::handle weight_tensor,      // [D, C, ph, pw], float32 or flo
   if (bias) {
     expect_fit(*bias, {weight.size(0)});
   }
-  const std::vector<FoldedChannel> channels = fold_channels(mean, std, weight.size(1));
-  void* stream = nullptr;
-  if (weight.is_cuda()) {
-    expect_cuda_can_fold(weight);
-    stream = weight.current_stream();
-  }
+  const std::vector<FoldedChannel> channels = fold_channels(read_normalization(mean, std, weight));
 
   visit_float_type(weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -154,12 +118,6 @@ void fold_uint8(py::handle weight_tensor,      // [D, C, ph, pw], float32 or flo
         weight.size(2) * weight.size(3),
     };
     py::gil_scoped_release release;
-#if FASTVIT_WITH_CUDA
-    if (weight.is_cuda()) {
-      launch_uint8_fold(args, channels.data(), weight.device().device_id, stream);
-      return;
-    }
-#endif
     fold_on_cpu(args, channels.data());
   });
 }
@@ -167,12 +125,13 @@ void fold_uint8(py::handle weight_tensor,      // [D, C, ph, pw], float32 or flo
 }  // namespace
 
 void register_uint8_fold(py::module_& m) {
-  m.def("fold_uint8", &fold_uint8, py::arg("weight"), py::arg("bias"), py::arg("mean"),
-        py::arg("std"), py::arg("out_weight"), py::arg("out_bias"),
-        "Folds the normalisation (u / 255 - mean) / std of uint8 pixels u into a patch "
-        "embedding's weight (D, C, ph, pw) and bias (D,) or None. Writes out_weight and out_bias, "
-        "to be applied to u - round(255 * mean). All contiguous, all float32 or all float64, on "
-        "one device.");
+  m.def(
+      "fold_uint8", &fold_uint8, py::arg("weight"), py::arg("bias"), py::arg("mean"),
+      py::arg("std"), py::arg("out_weight"), py::arg("out_bias"),
+      "Folds the normalisation (u / 255 - mean) / std of uint8 pixels u into a patch "
+      "embedding's weight (D, C, ph, pw) and bias (D,) or None. Writes out_weight and out_bias, "
+      "to be applied to u - round(255 * mean). All contiguous, all float32 or all float64, on the "
+      "processor.");
 }
 
 }  // namespace fastvit

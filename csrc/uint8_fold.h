@@ -12,11 +12,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTVIT_HOST_DEVICE __host__ __device__
-#else
-#define FASTVIT_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace fastvit {
 
@@ -32,29 +28,5 @@ struct FoldedChannel {
 
 // mean and std are in units of 0..1. Halves round to the even integer, as Python's round does.
 FoldedChannel fold_channel(double mean, double std);
-
-template <typename T>
-struct FoldArgs {
-  const T* weight;   // [outputs, channels, area]
-  const T* bias;     // [outputs], or null for no bias
-  T* folded_weight;  // [outputs, channels, area]
-  T* folded_bias;    // [outputs]
-  int64_t outputs;   // rows of the weight
-  int64_t channels;  // image channels
-  int64_t area;      // pixels of a patch
-};
-
-// The device code takes its channels as a kernel argument, of which there are at most 4 KB.
-constexpr int kMaxDeviceFoldChannels = 128;
-
-// Queues the fold on `stream` (a cudaStream_t) of CUDA device `device`. `channels` is host memory
-// of args.channels entries, no more than kMaxDeviceFoldChannels. Throws std::runtime_error with
-// CUDA's text where the launch fails.
-template <typename T>
-void launch_uint8_fold(const FoldArgs<T>& args, const FoldedChannel* channels, int device,
-                       void* stream);
-
-// Whether the current device has code for the fold: 0 (cudaSuccess) or CUDA's error number.
-int probe_uint8_fold();
 
 }  // namespace fastvit

@@ -54,7 +54,7 @@ class Info:
     #: Why there is no compiled module; None if there is one.
     native_problem: str | None
     backends: tuple[BackendStatus, ...]
-    #: What is known of Triton kernels, by specialisation: empty if it agreed with PyTorch here or
+    #: What is known of kernels, by specialisation: empty if it agreed with PyTorch here or
     #: was verified before it was shipped, else what differed; then it is not used.
     verdicts: dict[str, str]
 
@@ -127,7 +127,7 @@ class Info:
             return []
         failed = {key: verdict for key, verdict in self.verdicts.items() if verdict}
         agreed = len(self.verdicts) - len(failed)
-        lines = ["", f"Triton kernels: {agreed} specialisations agree with PyTorch"]
+        lines = ["", f"kernels: {agreed} specialisations agree with PyTorch"]
         return lines + [
             f"  {key} failed its check on this machine and is not used: {verdict}"
             for key, verdict in failed.items()

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +38,22 @@ def auto_backend() -> Iterator[None]:
     """Run with the default backend, whatever the environment says, and put it back."""
     with fastvit.backend("auto"):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels of csrc/ for the emulator, see tests/emulator/emulator.h."""
+    path = Path(__file__).parent / "emulator" / "build.py"
+    if not (path.parents[2] / "csrc").exists():
+        pytest.skip("csrc/ is not beside tests/")
+    if sys.platform != "linux":
+        pytest.skip("macOS has given up ucontext")
+    spec = importlib.util.spec_from_file_location("emulator_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return build.build(tmp_path_factory.mktemp("emulated-kernels"))
 
 
 def _backward(out: Tensor, leaves: Mapping[str, Tensor], draw: int = 0) -> Tensors:

@@ -59,6 +59,31 @@ def test_a_dry_run_leaves_files_and_tables(tmp_path):
     assert all(DRY in part for part in titles)
 
 
+def test_patches_are_compared_and_timed(tmp_path):
+    out = tmp_path / "out"
+    done = dry(out, "ceilings", "patch_embed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = results(out)["patch_embed"]
+    assert stage["status"] == "ok"
+    compared = [case for case in stage["cases"] if case["what"] == "agreement"]
+    assert {case["layout"] for case in compared} == {"planar", "cropped"}
+    tensors = {tensor["name"] for case in compared for tensor in case["tensors"]}
+    assert tensors == {"output", "images", "weight", "bias", "pos_embed", "cls_token"}
+    assert all(case["ok"] for case in compared)
+    timed = {
+        (case["what"], case["pixels"], case["mode"]): case["contenders"]
+        for case in stage["cases"]
+        if case["what"] != "agreement"
+    }
+    assert len(timed) == 8
+    assert all("median" in times for found in timed.values() for times in found.values())
+    assert 0 < timed["eager", "uint8", "forward"]["fastvit"]["share"] <= 1
+    assert {"timm", "linear", "conv alone"} < timed["eager", "float", "forward+backward"].keys()
+    assert {"linear compiled", "timm compiled"} < timed["compiled", "uint8", "forward"].keys()
+    summary = (out / "summary.md").read_text("utf-8")
+    assert "\n## Patch embedding with class token and positions\n" in summary
+
+
 def test_a_stage_that_dies_costs_no_other(tmp_path):
     out = tmp_path / "out"
     done = dry(out, "machine", "ceilings", FASTVIT_GPU_FAIL="machine")
@@ -88,6 +113,23 @@ class TestFloors:
         """One token, one channel: 4 products of 2 FLOPs, and one attention."""
         assert floors.module(1, 1, 1, 1, 4, backward=False) == (4 * (2 + 4), 8 + 4)
         assert floors.module(1, 1, 1, 1, 4, backward=True) == (4 * (4 + 12), 24 + 14)
+
+    def test_patch_embed(self, floors):
+        """Two images of three patches of four bytes, to five channels of two bytes."""
+        bare = 2 * 3 * 4 + 2 * (2 * 3 * 5 + 5 * 4 + 5)
+        # A class token for each image; four positions and the class token itself.
+        whole = bare + 2 * (2 * 5 + 4 * 5 + 5)
+        flops = 2 * 2 * 3 * 4 * 5
+        arguments = (2, 3, 4, 5, 2, 1)
+        assert floors.patch_embed(*arguments, backward=False, assembled=False) == (bare, flops)
+        assert floors.patch_embed(*arguments, backward=False) == (whole, flops)
+        assert floors.patch_embed(*arguments, backward=True) == (2 * whole, 2 * flops)
+
+    def test_patch_embed_of_a_vit(self, floors):
+        """ViT-B, 256 images, bfloat16: 256 x 196 x 768 pixels and 256 x 197 x 768 channels."""
+        moved = 2 * (38_535_168 + 38_731_776 + 589_824 + 768 + 151_296 + 768)
+        work = floors.patch_embed(256, 196, 768, 768, 2, 2, backward=False)
+        assert work == (moved, 59_190_018_048)
 
     def test_the_larger_term_counts(self, floors):
         ceilings = {"bandwidth": 10.0, "rates": {"bfloat16": 100.0}}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +21,6 @@ from fastvit import _native
 
 NAN = float("nan")
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
-]
-
 
 @pytest.fixture(scope="module")
 def native():
@@ -39,10 +33,10 @@ def image_statistics(channels):
     return [means[c % 4] for c in range(channels)], [stds[c % 4] for c in range(channels)]
 
 
-def random_case(shape, dtype, *, bias=True, device="cpu"):
+def random_case(shape, dtype, *, bias=True):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-    b = torch.randn(shape[0], generator=generator, dtype=torch.float64).to(device, dtype)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    b = torch.randn(shape[0], generator=generator, dtype=torch.float64).to(dtype)
     return weight, b if bias else None
 
 
@@ -64,7 +58,6 @@ def fold_float64(weight, bias, mean, std):
     return folded, b + terms.sum((1, 2, 3)), b.abs() + terms.abs().sum((1, 2, 3))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize(
@@ -78,9 +71,9 @@ def fold_float64(weight, bias, mean, std):
         pytest.param((3, 0, 4, 4), id="no channels"),
     ],
 )
-def test_fold_follows_the_formula(native, shape, bias, dtype, device):
+def test_fold_follows_the_formula(native, shape, bias, dtype):
     mean, std = image_statistics(shape[1])
-    weight, b = random_case(shape, dtype, bias=bias, device=device)
+    weight, b = random_case(shape, dtype, bias=bias)
 
     out_weight, out_bias = (t.double().cpu() for t in fold(native, weight, b, mean, std))
 
@@ -112,10 +105,9 @@ def test_folded_weights_take_raw_pixels(native):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_fold_is_bitwise_repeatable_also_across_threads(native, device):
+def test_fold_is_bitwise_repeatable_also_across_threads(native):
     mean, std = image_statistics(3)
-    weight, bias = random_case((65, 3, 14, 14), torch.float32, device=device)
+    weight, bias = random_case((65, 3, 14, 14), torch.float32)
     first = fold(native, weight, bias, mean, std)
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(lambda _: fold(native, weight, bias, mean, std), range(8)))
@@ -280,36 +272,10 @@ def test_parameters_and_slices_of_larger_tensors_are_taken(native):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal needs a machine without a GPU")
-def test_a_gpu_tensor_without_a_gpu_is_refused_in_words(native):
+def test_a_gpu_tensor_is_refused_in_words(native):
     weight, bias = fake(0, 3, 4, 4, device="cuda"), fake(0, device="cuda")
-    if native.build_info()["nvcc"] is None:
-        refusal = "weight: expected a tensor on cpu, since this build of fastvit has no CUDA code"
-    else:
-        refusal = "weight: no current stream for cuda:0: "
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ValueError, match=r"^weight: expected a tensor on cpu, got cuda:0$"):
         native.fold_uint8(weight, None, [0.5] * 3, [0.5] * 3, weight, bias)
-    assert str(error.value).startswith(refusal)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_too_many_channels_for_a_kernel_argument_are_refused(native):
-    weight, _ = random_case((2, 129, 2, 2), torch.float32, device="cuda")
-    mean, std = image_statistics(129)
-    with pytest.raises(ValueError, match="weight: expected at most 128 image channels on a GPU"):
-        fold(native, weight, None, mean, std)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_device_of_the_tensors_is_used_and_the_current_one_kept(native):
-    mean, std = image_statistics(3)
-    weight, bias = random_case((5, 3, 4, 2), torch.float32, device="cuda:1")
-    with torch.cuda.device(0):
-        out_weight, _ = fold(native, weight, bias, mean, std)
-        assert torch.cuda.current_device() == 0
-    expected, _, _ = fold_float64(weight, bias, mean, std)
-    torch.testing.assert_close(out_weight.double().cpu(), expected, rtol=2e-7, atol=0)
 
 
 @pytest.fixture
@@ -387,7 +353,8 @@ def test_a_broken_build_keeps_the_words_of_the_loader(copied_package):
     (copied_package / f"_C{EXTENSION_SUFFIXES[0]}").write_text("no machine code")
     reason = reason_in_a_copy(copied_package.parent, "")
     assert reason.startswith("fastvit._C is built but cannot be loaded (")
-    assert "invalid ELF header" in reason or "file too short" in reason
+    # Of the loaders of Linux and macOS.
+    assert re.search("invalid ELF header|file too short|mach-o file", reason)
 
 
 def test_an_unbuilt_checkout_that_hides_an_install_says_so(copied_package, tmp_path):

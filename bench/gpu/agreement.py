@@ -13,59 +13,84 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
 from gpu.device import Device, Processor
 from gpu.record import Record
-from gpu.shapes import Group
 from gpu.verify import write_verified
 
 
+class Task(NamedTuple):
+    """A process that prints a line of JSON for each comparison."""
+
+    label: str
+    #: Module and arguments.
+    command: tuple[str, ...]
+    comparisons: int
+    environment: dict[str, str]
+
+
 class _Running(NamedTuple):
-    group: Group
+    task: Task
     process: subprocess.Popen[str]
     output: IO[str]
 
 
 def run(device: Device, record: Record) -> None:
-    waiting = list(enumerate(device.plan.groups))
+    tasks = [
+        Task(group.label, ("gpu.compare", str(index)), len(group.layouts) * len(group.dtypes), {})
+        for index, group in enumerate(device.plan.groups)
+    ]
+    write_verified(record.folder, compare_all(device, record, tasks))
+
+
+def compare_all(
+    device: Device, record: Record, tasks: Sequence[Task], *, keep: float = 0.0
+) -> dict[str, str]:
+    """Record all comparisons; the verdicts on kernels.
+
+    Args:
+        keep: seconds that are to be left afterwards.
+    """
+    waiting = list(tasks)
     running: list[_Running] = []
     verdicts: dict[str, str] = {}
     while waiting or running:
-        while waiting and len(running) < device.workers and record.left() > 0:
-            index, group = waiting.pop(0)
-            running.append(_start(index, group, dry=isinstance(device, Processor)))
+        left = record.left() - keep
+        while waiting and len(running) < device.workers and left > 0:
+            running.append(_start(waiting.pop(0), dry=isinstance(device, Processor)))
         for one in [r for r in running if r.process.poll() is not None]:
             running.remove(one)
             verdicts |= _collect(one, record)
-        if record.left() < -20:
+        if left < -20:
             for one in running:
                 one.process.kill()
                 one.process.wait()
-                record.miss(f"{one.group.label}: the rest")
+                record.miss(f"{one.task.label}: the rest")
                 verdicts |= _collect(one, record)
             running = []
-        if record.left() <= 0 and not running:
+        if left <= 0 and not running:
             break
         time.sleep(0.05)
-    for _, group in waiting:
-        record.miss(group.label)
-    write_verified(record.folder, verdicts)
+    for task in waiting:
+        record.miss(task.label)
+    return verdicts
 
 
-def _start(index: int, group: Group, *, dry: bool) -> _Running:
+def _start(task: Task, *, dry: bool) -> _Running:
     output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-    command = [sys.executable, "-m", "gpu.compare", str(index), *(["--dry"] if dry else [])]
+    command = [sys.executable, "-m", *task.command, *(["--dry"] if dry else [])]
     # One thread each: several are compiling.
     process = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **task.environment},
     )  # fmt: skip
-    return _Running(group, process, output)
+    return _Running(task, process, output)
 
 
 def _collect(one: _Running, record: Record) -> dict[str, str]:
-    """Record what a group printed; its verdicts on kernels."""
+    """Record what a process printed; its verdicts on kernels."""
     one.output.seek(0)
     lines = one.output.read().splitlines()
     one.output.close()
@@ -82,10 +107,9 @@ def _collect(one: _Running, record: Record) -> dict[str, str]:
             record.add(**case)
             if not case["ok"]:
                 record.fail(_problem(case))
-    expected = len(one.group.layouts) * len(one.group.dtypes)
-    if seen < expected and one.process.returncode != -9:
+    if seen < one.task.comparisons and one.process.returncode != -9:
         last = lines[-1] if lines else "no output"
-        record.fail(f"{one.group.label}: {seen} of {expected} comparisons, then: {last}")
+        record.fail(f"{one.task.label}: {seen} of {one.task.comparisons} comparisons, then: {last}")
     return verdicts
 
 

@@ -151,18 +151,25 @@ def judge(
     found: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Add to each contender's times its share of the floor; more than all is a failure."""
+    work = getattr(floors, what)(*shape.problem, DTYPE.itemsize, backward=MODES[mode])
+    for name, times in found.items():
+        label = f"{shape.name} {what} {mode}, {name}"
+        add_share(record, ceilings, work, "bfloat16", label, times)
+    return found
+
+
+def add_share(
+    record: Record, ceilings: dict[str, Any] | None, work: floors.Work, dtype: str, label: str,
+    times: dict[str, Any],
+) -> None:  # fmt: skip
+    """The same for one contender, which ``label`` names in a failure."""
     if ceilings is None:
         record.data["floors"] = "not known: the stage ceilings left none"
-        return found
-    work = getattr(floors, what)(*shape.problem, DTYPE.itemsize, backward=MODES[mode])
-    floor = floors.seconds(work, ceilings, "bfloat16")
-    for name, times in found.items():
-        if "median" in times:
-            times["floor"] = floor
-            times["share"], problem = floors.share(floor, times["median"])
-            if problem:
-                record.fail(f"{shape.name} {what} {mode}, {name}: {problem}")
-    return found
+    elif "median" in times:
+        times["floor"] = floors.seconds(work, ceilings, dtype)
+        times["share"], problem = floors.share(times["floor"], times["median"])
+        if problem:
+            record.fail(f"{label}: {problem}")
 
 
 def fastest_sdpa(found: dict[str, dict[str, Any]]) -> str | None:

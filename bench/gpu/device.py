@@ -139,6 +139,15 @@ class GPU:
     def compile(self, target: Any, **options: Any) -> Any:
         return torch.compile(target, **options)
 
+    def kernels(self, call: Call) -> list[str]:
+        """Names of the kernels that a call launches."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            call()
+            torch.cuda.synchronize()
+        return [event.key for event in found.key_averages()]
+
     def sanitizer(self, tool: str) -> list[str] | str:
         """How a command begins that a tool of compute-sanitizer watches, or why none does."""
         found = shutil.which("compute-sanitizer") or shutil.which(
@@ -229,6 +238,10 @@ class Processor:
         # Traced as on a GPU; code for this processor would prove nothing.
         return torch.compile(target, **options, backend="aot_eager")
 
+    def kernels(self, call: Call) -> list[str]:
+        call()
+        return []
+
     def sanitizer(self, tool: str) -> list[str] | str:
         return "dry run"
 
@@ -272,11 +285,13 @@ def _flat(out: Any) -> list[Tensor]:
 
 @contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
-    """Whether float32 products may be made of tf32 ones."""
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if wanted else "ieee"
+    """Whether float32 products and convolutions may be made of tf32 ones."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if wanted else "ieee"
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        for setting, old in zip(settings, before, strict=True):
+            setting.fp32_precision = old

@@ -2,7 +2,8 @@
 """The least time that a computation can take on a machine with the measured ceilings.
 
 Bytes: every input read once, every output written once. FLOPs: two for each multiply-add that no
-implementation without stored N x N maps can leave out. C = H d channels, N tokens, B images.
+implementation without stored N x N maps can leave out. C = H d channels, N tokens, B images;
+a patch embedding makes D channels of the K pixels of a patch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,25 @@ def module(B: int, N: int, H: int, d: int, itemsize: int, *, backward: bool) -> 
     moved = (4 * tokens + 3 * weights) if backward else (2 * tokens + weights)
     inner = core(B, N, H, d, itemsize, backward=backward).flops
     return Work(moved * itemsize, passes * 2 * tokens * 4 * C + inner)
+
+
+def patch_embed(
+    B: int, N: int, K: int, D: int, itemsize: int, pixelsize: int, *,
+    backward: bool, assembled: bool = True,
+) -> Work:  # fmt: skip
+    """N patches of K pixels to D channels, and their weight's gradient; none of the images.
+
+    Args:
+        itemsize, pixelsize: bytes of an element of the tokens and weights, and of a pixel.
+        backward: whether the images and a gradient of the tokens are read again, and gradients of
+            weight, bias, positions and class token written.
+        assembled: whether the tokens have a class token before them, and positions added.
+    """
+    passes = 2 if backward else 1
+    tokens = (N + 1) * D if assembled else N * D
+    parameters = D * K + D + (tokens + D if assembled else 0)
+    moved = B * N * K * pixelsize + (B * tokens + parameters) * itemsize
+    return Work(passes * moved, passes * 2 * B * N * K * D)
 
 
 def seconds(work: Work, ceilings: dict[str, Any], dtype: str) -> float:

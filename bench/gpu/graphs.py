@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 import fastvit
 from fastvit.functional import gpsa_attention
 from gpu.device import Device
+from gpu.patch_compare import images
+from gpu.patch_peers import Tokens
 from gpu.record import Record
 from gpu.timing import draws, first_line
 
@@ -18,17 +21,13 @@ from gpu.timing import draws, first_line
 _SKIPPED = "skipped: "
 
 
+#: A layer and its input.
+Make = Callable[[Device], tuple[torch.nn.Module, Tensor]]
+Check = Callable[[Device], str | None]
+
+
 def run(device: Device, record: Record) -> None:
-    for check in (
-        capture_inference,
-        capture_training,
-        compile_training,
-        side_stream,
-        far_offset,
-        far_strides,
-        second_device,
-    ):
-        name = check.__name__.replace("_", " ")
+    for name, check in _checks():
         if record.left() < 0:
             record.miss(name)
             continue
@@ -42,6 +41,24 @@ def run(device: Device, record: Record) -> None:
         device.release()
 
 
+def _checks() -> list[tuple[str, Check]]:
+    layers = (capture_inference, capture_training, compile_training, side_stream, second_device)
+    checks: list[tuple[str, Check]] = [
+        (_name(check), partial(check, make=_layer)) for check in layers
+    ]
+    checks += [(_name(check), check) for check in (far_offset, far_strides)]
+    for pixels in (torch.bfloat16, torch.uint8):
+        prefix = f"patches of {str(pixels).removeprefix('torch.')}: "
+        make = partial(_tokens, pixels=pixels)
+        checks += [(prefix + _name(check), partial(check, make=make)) for check in layers]
+        checks.append((prefix + _name(far_images), partial(far_images, pixels=pixels)))
+    return checks
+
+
+def _name(check: Callable[..., str | None]) -> str:
+    return check.__name__.replace("_", " ")
+
+
 def _layer(device: Device, dtype: torch.dtype = torch.bfloat16) -> tuple[fastvit.GPSA, Tensor]:
     shape = device.plan.shapes[0]
     torch.manual_seed(0)
@@ -52,13 +69,19 @@ def _layer(device: Device, dtype: torch.dtype = torch.bfloat16) -> tuple[fastvit
     return layer, x
 
 
+def _tokens(device: Device, pixels: torch.dtype) -> tuple[Tokens, Tensor]:
+    problem = device.plan.embeddings[0][0]
+    problem = problem._replace(B=min(problem.B, 8))
+    return Tokens(device, problem, torch.bfloat16), images(device, problem, pixels)
+
+
 def _training(layer: torch.nn.Module, x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    x = x.detach().requires_grad_()
-    parameters = list(layer.parameters())
+    x = x.detach().requires_grad_(x.is_floating_point())
+    leaves = [*([x] if x.requires_grad else []), *layer.parameters()]
 
     def step() -> tuple[Tensor, ...]:
         out = layer(x)
-        return out, *torch.autograd.grad(out.float().square().sum(), [x, *parameters])
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
 
     return step
 
@@ -80,11 +103,11 @@ def _close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
             )
 
 
-def capture_inference(device: Device) -> str | None:
-    layer, x = _layer(device)
+def capture_inference(device: Device, make: Make) -> str | None:
+    layer, x = make(device)
     with torch.no_grad():
         replay, out = device.capture(lambda: layer(x))
-        x.copy_(draws(device, *x.shape, dtype=x.dtype, seed=1))
+        x.copy_(x.flip(-1))
         out.fill_(float("nan"))
         replay()
         device.synchronize()
@@ -92,12 +115,12 @@ def capture_inference(device: Device) -> str | None:
     return None
 
 
-def capture_training(device: Device) -> str | None:
-    layer, x = _layer(device)
+def capture_training(device: Device, make: Make) -> str | None:
+    layer, x = make(device)
     step = _training(layer, x)
     replay, out = device.capture(step)
     with torch.no_grad():
-        x.copy_(draws(device, *x.shape, dtype=x.dtype, seed=1))
+        x.copy_(x.flip(-1))
         for tensor in out:
             tensor.fill_(float("nan"))
     replay()
@@ -106,8 +129,8 @@ def capture_training(device: Device) -> str | None:
     return None
 
 
-def compile_training(device: Device) -> str | None:
-    layer, x = _layer(device)
+def compile_training(device: Device, make: Make) -> str | None:
+    layer, x = make(device)
     _close(
         _training(device.compile(layer, fullgraph=True), x)(),
         _training(layer, x)(),
@@ -115,8 +138,8 @@ def compile_training(device: Device) -> str | None:
     return None
 
 
-def side_stream(device: Device) -> str | None:
-    layer, x = _layer(device)
+def side_stream(device: Device, make: Make) -> str | None:
+    layer, x = make(device)
     step = _training(layer, x)
     expected = step()
     with device.stream():
@@ -168,6 +191,30 @@ def far_strides(device: Device) -> str | None:
     return _agree(device, near, far)
 
 
+def far_images(device: Device, pixels: torch.dtype) -> str | None:
+    """More than 2**31 pixels and as many channels of tokens: the last images must come out as by
+    themselves, and so must their gradients.
+    """
+    problem = device.plan.embeddings[0][0]
+    _, N, K, D = problem.problem
+    count = device.plan.far // min(N * K, N * D) + 3
+    # Pixels, which are drawn in float32; tokens, their gradient, and a copy of it.
+    size = count * (N * K * (1 if pixels == torch.uint8 else 6) + 3 * (N + 1) * D * 2)
+    if not device.fits(size):
+        return f"{_SKIPPED}{size / 2**30:.0f} GiB do not fit"
+    problem = problem._replace(B=count)
+    layer, x = Tokens(device, problem, torch.bfloat16), images(device, problem, pixels)
+    out, near = layer(x), layer(x[-2:])
+    cotangent = torch.zeros_like(out)
+    cotangent[-2:] = near.detach()
+    parameters = list(layer.parameters())
+    _close(
+        [out[-2:], *torch.autograd.grad(out, parameters, cotangent)],
+        [near, *torch.autograd.grad(near, parameters, near.detach())],
+    )
+    return None
+
+
 def _agree(device: Device, near: list[Tensor], far: list[Tensor]) -> str | None:
     results = []
     for inputs in (near, far):
@@ -178,11 +225,11 @@ def _agree(device: Device, near: list[Tensor], far: list[Tensor]) -> str | None:
     return None
 
 
-def second_device(device: Device) -> str | None:
+def second_device(device: Device, make: Make) -> str | None:
     others = device.others()
     if not others:
         return _SKIPPED + "there is one device"
-    layer, x = _layer(device)
+    layer, x = make(device)
     expected = _training(layer, x)()
     # The current device stays the first.
     actual = _training(layer.to(others[0]), x.to(others[0]))()

@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 from fastvit.functional import attention, gpsa_attention
-from gpu.device import open_device
+from gpu.device import Device, open_device
+from gpu.patch_peers import Portable, Tokens
+from gpu.shapes import Embedding
 
 
 def main() -> None:
@@ -18,24 +21,46 @@ def main() -> None:
     chosen = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
     calls = device.plan.sanitized
     for op, dtype, B, H, grid, d in [calls[i] for i in chosen] or calls:
-        N = grid[0] * grid[1]
         torch.manual_seed(0)
-
-        # Drawn on the processor: the fewer kernels run that are not ours, the better.
-        def draw(*shape: int, dtype: str = dtype) -> torch.Tensor:
-            x = torch.randn(shape).to(getattr(torch, dtype))
-            return x.to(device.device).requires_grad_()
-
-        leaves = [draw(B, H, N, d) for _ in range(3)]
-        cotangent = draw(B, H, N, d).detach()
-        if op == "gpsa":
-            leaves += [draw(H, 3), draw(H)]
-            out = gpsa_attention(*leaves, grid, backend="triton")
+        if op.startswith("patch_embed"):
+            problem = Embedding(B, d, H, (H * grid[0], H * grid[1]))
+            _patches(device, problem, dtype, raw="uint8" in op)
         else:
-            out = attention(*leaves, backend="triton")
-        torch.autograd.grad(out, leaves, cotangent)
+            _attention(device, op, dtype, B, H, grid, d)
         device.synchronize()
         print(f"ran {op} {dtype} {B} {H} {grid} {d}", flush=True)
+
+
+def _draw(device: Device, *shape: int, dtype: str) -> Tensor:
+    # On the processor: the fewer kernels run that are not ours, the better.
+    return torch.randn(shape).to(getattr(torch, dtype)).to(device.device)
+
+
+def _attention(
+    device: Device, op: str, dtype: str, B: int, H: int, grid: tuple[int, int], d: int
+) -> None:
+    shape = (B, H, grid[0] * grid[1], d)
+    shapes = [shape, shape, shape, *([(H, 3), (H,)] if op == "gpsa" else [])]
+    leaves = [_draw(device, *s, dtype=dtype).requires_grad_() for s in shapes]
+    if op == "gpsa":
+        out = gpsa_attention(*leaves, grid, backend="triton")
+    else:
+        out = attention(*leaves, backend="triton")
+    torch.autograd.grad(out, leaves, _draw(device, *shape, dtype=dtype))
+
+
+def _patches(device: Device, problem: Embedding, dtype: str, *, raw: bool) -> None:
+    """A training step, and on a GPU both tiles of the kernel for every capability."""
+    number = getattr(torch, dtype)
+    size = (problem.B, 3, *problem.size)
+    images = torch.randint(256, size, dtype=torch.uint8) if raw else torch.randn(size).to(number)
+    images = images.to(device.device)
+    layer = Tokens(device, problem, number)
+    out = layer(images)
+    torch.autograd.grad(out, list(layer.parameters()), torch.ones_like(out))
+    if device.device.type == "cuda":
+        for small_tile in (True, False):
+            Portable(device, problem, dtype, small_tile=small_tile)(images)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from gpu.device import Device
 from gpu.record import Record
 
-_TOOLS = ("memcheck", "racecheck")
+_TOOLS = ("memcheck", "racecheck", "initcheck")
 _SHOWN = 3000
 
 
@@ -18,7 +18,8 @@ def run(device: Device, record: Record) -> None:
     script = [sys.executable, "-m", "gpu.sanitized", *(["--dry"] if device.note else [])]
     # Each allocation by itself, so that none ends inside a larger one.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    _prepare(script, len(device.plan.sanitized), record)
+    sound = _prepare(script, len(device.plan.sanitized), record)
+    script += map(str, sound)
     running = {}
     for tool in _TOOLS:
         prefix = device.sanitizer(tool)
@@ -44,16 +45,16 @@ def run(device: Device, record: Record) -> None:
         record.add(name=tool, outcome=outcome, calls=calls, output=output[-_SHOWN:])
         if process.returncode:
             record.fail(f"{tool}: status {process.returncode}, {calls} calls, {outcome}")
-        elif calls != len(device.plan.sanitized):
-            record.fail(f"{tool}: {calls} of {len(device.plan.sanitized)} calls ran")
+        elif calls != len(sound):
+            record.fail(f"{tool}: {calls} of {len(sound)} calls ran")
 
 
-def _prepare(script: list[str], calls: int, record: Record) -> None:
+def _prepare(script: list[str], calls: int, record: Record) -> list[int]:
     """Each call by itself without a tool: compilation and the kernels' own checks are then done,
-    and kept.
+    and kept. The numbers of those that end well.
 
     Raises:
-        RuntimeError: a call fails or hangs even so.
+        RuntimeError: a call hangs, or none ends well.
     """
     running = [subprocess.Popen([*script, str(index)]) for index in range(calls)]
     try:
@@ -64,4 +65,7 @@ def _prepare(script: list[str], calls: int, record: Record) -> None:
         for process in running:
             process.kill()
     if failed:
-        raise RuntimeError(f"without a tool, calls {failed} fail")
+        record.fail(f"without a tool, calls {failed} fail")
+    if len(failed) == calls:
+        raise RuntimeError("all calls fail without a tool")
+    return [i for i in range(calls) if i not in failed]

@@ -43,6 +43,28 @@ class Group(NamedTuple):
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16", "tf32")
 
 
+class Embedding(NamedTuple):
+    """A patch embedding of square patches, with class token and positions."""
+
+    B: int
+    D: int
+    patch: int
+    size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def name(self) -> str:
+        return f"p={self.patch} {self.size[0]}x{self.size[1]} D={self.D} B={self.B}"
+
+    @property
+    def problem(self) -> tuple[int, int, int, int]:
+        """Images, patches of one, pixels of a patch, channels of a token."""
+        return self.B, self.grid[0] * self.grid[1], 3 * self.patch**2, self.D
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a run looks at, each list with the most valuable first."""
@@ -66,7 +88,12 @@ class Plan:
     image_size: int
     #: Offset in elements of the view of a large buffer.
     far: int
-    #: (op, dtype, B, H, grid, d) of the sanitizer's calls.
+    #: Patch embeddings to compare with float64, in each layout of the images.
+    embedded: tuple[tuple[Embedding, tuple[str, ...]], ...]
+    embedding_dtypes: tuple[str, ...]
+    #: And to time, with the dtype.
+    embeddings: tuple[tuple[Embedding, str], ...]
+    #: (op, dtype, B, H, grid, d) of the sanitizer's calls; for patches, B, side, grid and D.
     sanitized: tuple[tuple[str, str, int, int, tuple[int, int], int], ...]
 
 
@@ -108,6 +135,18 @@ def _full() -> Plan:
     compiled = (shapes[0], shapes[1], _shape("S", 64, 196), _shape("S", 32, 576))
     layers = [(256 * 196, C, n * C) for C in (432, 768) for n in (1, 3)]
     dtypes = ("bfloat16", "float32")
+    planar, layouts = ("planar",), ("planar", "channels_last", "cropped")
+    embedded = (
+        (Embedding(8, 768, 16, (224, 224)), layouts),
+        (Embedding(8, 384, 14, (224, 224)), layouts),
+        (Embedding(3, 1000, 16, (48, 80)), layouts),
+        (Embedding(3, 768, 14, (42, 70)), layouts),
+        (Embedding(8, 1000, 16, (224, 224)), planar),
+    )
+    sizes = [(768, 256), (768, 1), (384, 256), (1024, 256), (768, 8), (768, 64)]
+    sizes += [(D, B) for B in (1, 8, 64) for D in (384, 1024)]
+    timed = [(Embedding(B, D, 16, (224, 224)), "bfloat16") for D, B in sizes]
+    timed[1:1] = [(timed[0][0], "tf32"), (timed[0][0], "float16")]
     return Plan(
         groups=tuple(groups),
         shapes=tuple(shapes),
@@ -122,11 +161,20 @@ def _full() -> Plan:
         model_options={"convit": {}, "deit": {}},
         image_size=224,
         far=2**31 + 64,
+        embedded=embedded,
+        embedding_dtypes=("bfloat16", "float16", "float32", "tf32"),
+        embeddings=tuple(timed),
         sanitized=(
             *(("gpsa", dtype, 2, 2, (5, 7), 48) for dtype in dtypes),
             ("gpsa", "bfloat16", 2, 2, (3, 90), 48),
             ("gpsa", "bfloat16", 140, 2, (4, 4), 48),
             *(("mhsa", dtype, 2, 2, (1, 50), 64) for dtype in dtypes),
+            *(
+                (f"patch_embed{pixels}", dtype, 2, patch, (3, 5), 136)
+                for pixels in ("", " uint8")
+                for dtype in dtypes
+                for patch in (16, 14)
+            ),
         ),
     )
 
@@ -151,7 +199,13 @@ def _dry() -> Plan:
         model_options={"convit": {**model, "local_up_to_layer": 1}, "deit": model},
         image_size=32,
         far=4096 + 64,
-        sanitized=(("gpsa", "float32", 1, 1, (2, 3), 16),),
+        embedded=((Embedding(2, 24, 4, (8, 12)), ("planar", "cropped")),),
+        embedding_dtypes=("float32", "bfloat16"),
+        embeddings=((Embedding(2, 16, 4, (8, 8)), "bfloat16"),),
+        sanitized=(
+            ("gpsa", "float32", 1, 1, (2, 3), 16),
+            ("patch_embed uint8", "bfloat16", 1, 4, (2, 3), 16),
+        ),
     )
 
 

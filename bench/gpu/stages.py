@@ -29,7 +29,8 @@ STAGES = (
     Stage("ceilings", "machine.json", 20, "bandwidth, matrix products, launches, exponentials"),
     Stage("peers", "peers.json", 80, "other implementations at our shapes"),
     Stage("kernels", "kernels.json", 70, "fastvit at the same shapes"),
-    Stage("models", "models.json", 60, "ConViT against DeiT"),
+    Stage("patch_embed", "kernels.json", 80, "images to tokens: agreement, times with peers"),
+    Stage("models", "models.json", 50, "ConViT against DeiT"),
 )
 
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu.cells import (
+    NOTHING,
+    Records,
+    best_of,
+    cases_of,
+    fastest_of,
+    markdown,
+    median,
+    ratio,
+    share,
+    spread,
+    us,
+)
 from gpu.stages import STAGES
 
 DRY = "dry run on a processor: not a measurement"
 
-Records = dict[str, dict[str, Any]]
-_NOTHING = "–"
+_CHAINS = ("timm", "timm channels_last", "linear")
 
 
 def write(out: Path, records: Records, picture: str, *, dry: bool) -> None:
@@ -50,7 +62,7 @@ def stage_table(records: Records) -> str:
                 (problems[0].splitlines()[0][:300] + more) if problems else "",
             ]
         )
-    return _markdown(["stage", "status", "s", "not reached", "first problem"], rows)
+    return markdown(["stage", "status", "s", "not reached", "first problem"], rows)
 
 
 def _head(records: Records) -> str:
@@ -74,65 +86,65 @@ def _ceilings(records: Records) -> str:
         "s": (1e6, "µs"),
     }
     rows = []
-    for case in _cases(records, "ceilings"):
+    for case in cases_of(records, "ceilings"):
         factor, unit = scale[case["unit"]]
         rows.append([case["name"], f"{case['value'] * factor:.3g} {unit}"])
-    return _markdown(["what", "rate"], rows)
+    return markdown(["what", "rate"], rows)
 
 
 def _core(records: Records) -> str:
     flex = _others(records, "core")
     rows = []
-    for case in _cases(records, "kernels", "core"):
-        ours, name, peer = _best(case, ("flash", "efficient", "cudnn", "math"))
+    for case in cases_of(records, "kernels", "core"):
+        ours, name, peer = best_of(case, ("flash", "efficient", "cudnn", "math"))
         rows.append(
             [
-                _shape(case), case["mode"], _spread(ours), _share(ours),
-                name, _time(peer), _share(peer), _ratio(peer, ours),
-                _time(flex.get((_shape(case), case["mode"], "flex"))), _us(case["host"]),
+                _shape(case), case["mode"], spread(ours), share(ours),
+                name, median(peer), share(peer), ratio(peer, ours),
+                median(flex.get((_shape(case), case["mode"], "flex"))), us(case["host"]),
             ]
         )  # fmt: skip
     heads = ["shape", "mode", "fastvit µs (20–80 %)", "of floor", "fastest SDPA", "µs", "of floor",
              "SDPA ÷ fastvit", "flex µs", "host µs"]  # fmt: skip
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def _module(records: Records) -> str:
     others = _others(records, "module")
-    memory = {_shape(c): c["memory"] for c in _cases(records, "kernels", "memory")}
+    memory = {_shape(c): c["memory"] for c in cases_of(records, "kernels", "memory")}
     rows = []
-    for case in _cases(records, "kernels", "module"):
+    for case in cases_of(records, "kernels", "module"):
         shape, mode, found = _shape(case), case["mode"], case["contenders"]
         ours, timm = found["fastvit"], found["timm eager"]
-        row = [shape, mode, _spread(ours), _share(ours), _time(timm), _ratio(timm, ours)]
+        row = [shape, mode, spread(ours), share(ours), median(timm), ratio(timm, ours)]
         for name in ("timm compiled", "timm compiled, max-autotune-no-cudagraphs"):
             peer = others.get((shape, mode, name))
-            row += [_time(peer), _ratio(peer, ours)]
-        row += [_us(case["host"]), _kept(memory.get(shape))]
+            row += [median(peer), ratio(peer, ours)]
+        row += [us(case["host"]), _kept(memory.get(shape))]
         rows.append(row)
     heads = ["shape", "mode", "fastvit µs (20–80 %)", "of floor", "timm eager µs", "÷ fastvit",
              "timm compiled µs", "÷ fastvit", "max-autotune µs", "÷ fastvit", "host µs",
              "kept MB, fastvit / timm"]  # fmt: skip
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
 def _peers(records: Records) -> str:
     names = ("flash", "efficient", "cudnn", "math")
     rows = [
-        [_shape(case), case["mode"], *(_time(case["contenders"].get(n)) for n in names)]
-        for case in _cases(records, "peers", "core")
+        [_shape(case), case["mode"], *(median(case["contenders"].get(n)) for n in names)]
+        for case in cases_of(records, "peers", "core")
         if "flash" in case["contenders"]
     ]
-    return _markdown(["shape", "mode", *(f"{n} µs" for n in names)], rows)
+    return markdown(["shape", "mode", *(f"{n} µs" for n in names)], rows)
 
 
 def _models(records: Records) -> str:
     rows = []
-    for case in _cases(records, "models"):
+    for case in cases_of(records, "models"):
         rate = {n: t.get("images_per_s") for n, t in case["contenders"].items()}
 
         def over(a: str, b: str, rate: dict[str, Any] = rate) -> str:
-            return f"{rate[a] / rate[b]:.2f}" if rate.get(a) and rate.get(b) else _NOTHING
+            return f"{rate[a] / rate[b]:.2f}" if rate.get(a) and rate.get(b) else NOTHING
 
         rows.append(
             [
@@ -146,23 +158,61 @@ def _models(records: Records) -> str:
     heads = ["size", "batch", "mode", "timm ConViT images/s", "fastvit ConViT", "timm DeiT",
              "fastvit DeiT", "fastvit ÷ timm", "timm ConViT ÷ DeiT",
              "fastvit ConViT ÷ timm DeiT", "÷ fastvit DeiT"]  # fmt: skip
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
 
 
-def _agreement(records: Records) -> str:
+def _embedding(records: Records) -> str:
+    compiled = {_problem(c): c["contenders"] for c in cases_of(records, "patch_embed", "compiled")}
     rows = []
-    for case in _cases(records, "agreement"):
+    for case in cases_of(records, "patch_embed", "eager"):
+        found, (ours, name, peer) = case["contenders"], best_of(case, _CHAINS)
+        portable, others = found.get("fastvit portable"), compiled.get(_problem(case), {})
+        conv = fastest_of(found, ("conv alone", "conv alone channels_last"))
+        row = [*_problem(case), spread(ours), share(ours), median(portable), share(portable)]
+        row += [name, median(peer), ratio(peer, ours), ratio(found.get("timm"), ours)]
+        for other in ("linear compiled", "timm compiled"):
+            # In turns with ours of that contest.
+            row += [median(others.get(other)), ratio(others.get(other), others.get("fastvit", {}))]
+        row += [median(found.get(conv)), us(case["host"]) if "host" in case else NOTHING]
+        rows.append(row)
+    heads = ["shape", "dtype", "pixels", "mode", "fastvit µs (20–80 %)", "of floor",
+             "mma.sync µs", "of floor", "fastest eager", "µs", "÷ fastvit", "timm ÷ fastvit",
+             "linear compiled µs", "÷ fastvit", "timm compiled µs", "÷ fastvit",
+             "convolution alone µs", "host µs"]  # fmt: skip
+    return markdown(heads, rows)
+
+
+def _problem(case: dict[str, Any]) -> tuple[str, str, str, str]:
+    shape = case["shape"]
+    height, width = shape["size"]
+    name = f"p={shape['patch']} {height}x{width} D={shape['D']} B={shape['B']}"
+    return name, case["dtype"], case["pixels"], case["mode"]
+
+
+def _agreement(stage: str, what: str | None = None) -> Callable[[Records], str]:
+    return lambda records: _comparisons(cases_of(records, stage, what))
+
+
+def _comparisons(cases: Iterable[dict[str, Any]]) -> str:
+    rows = []
+    for case in cases:
         worst = max(
             case.get("tensors", []), key=lambda t: t["error"] / (t["limit"] or 1.0), default=None
         )
         rows.append(
             [
                 case["group"], case["layout"], case["dtype"], "yes" if case["ok"] else "NO",
-                case.get("error") or _worst(worst),
+                case.get("error") or _worst(worst), *([_ran(case)] if "what" in case else []),
             ]
         )  # fmt: skip
     heads = ["problem", "layout", "dtype", "agrees", "nearest to its limit, or what went wrong"]
-    return _markdown(heads, rows)
+    return markdown(heads + (["kernels"] if rows and len(rows[0]) > len(heads) else []), rows)
+
+
+def _ran(case: dict[str, Any]) -> str:
+    """Our kernels that the profiler saw, without their parameters."""
+    names = case.get("ran", [])
+    return names if isinstance(names, str) else ", ".join(n.split("<")[0] for n in names)
 
 
 def _worst(tensor: dict[str, Any] | None) -> str:
@@ -171,8 +221,8 @@ def _worst(tensor: dict[str, Any] | None) -> str:
 
 def _outcomes(stage: str) -> Callable[[Records], str]:
     def make(records: Records) -> str:
-        rows = [[case["name"], case["outcome"]] for case in _cases(records, stage)]
-        return _markdown(["check", "outcome"], rows)
+        rows = [[case["name"], case["outcome"]] for case in cases_of(records, stage)]
+        return markdown(["check", "outcome"], rows)
 
     return make
 
@@ -183,34 +233,21 @@ _TABLES: dict[str, Callable[[Records], str]] = {
     "GPSA layer, against timm's": _module,
     "Plain attention of PyTorch, by backend": _peers,
     "Models, bfloat16": _models,
-    "Agreement with float64": _agreement,
+    "Patch embedding with class token and positions": _embedding,
+    "Agreement with float64": _agreement("agreement"),
+    "Agreement with float64 of the patch embedding": _agreement("patch_embed", "agreement"),
     "CUDA graphs, torch.compile, streams, large buffers": _outcomes("graphs"),
     "compute-sanitizer": _outcomes("sanitizer"),
 }
-
-
-def _cases(records: Records, stage: str, what: str | None = None) -> list[dict[str, Any]]:
-    found = records.get(stage, {}).get("cases", [])
-    return [case for case in found if what in (None, case.get("what"))]
 
 
 def _others(records: Records, what: str) -> dict[tuple[str, str, str], dict[str, Any]]:
     """Times of the stage peers, whose process was another, by shape, mode and name."""
     return {
         (_shape(case), case["mode"], name): times
-        for case in _cases(records, "peers", what)
+        for case in cases_of(records, "peers", what)
         for name, times in case["contenders"].items()
     }
-
-
-def _best(
-    case: dict[str, Any], names: Iterable[str]
-) -> tuple[dict[str, Any], str, dict[str, Any] | None]:
-    """Ours, and name and times of the fastest of the others."""
-    found = case["contenders"]
-    timed = [n for n in names if "median" in found.get(n, {})]
-    name = min(timed, key=lambda n: found[n]["median"], default=_NOTHING)
-    return found["fastvit"], name, found.get(name)
 
 
 def _shape(case: dict[str, Any]) -> str:
@@ -218,40 +255,8 @@ def _shape(case: dict[str, Any]) -> str:
     return f"{shape['label']} {shape['H']}x{shape['d']} N={shape['N']} B={shape['B']}"
 
 
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:,.1f}"
-
-
-def _time(times: dict[str, Any] | None) -> str:
-    return _us(times["median"]) if times and "median" in times else _NOTHING
-
-
-def _spread(times: dict[str, Any]) -> str:
-    if "median" not in times:
-        return times["error"][:60]
-    return f"{_us(times['median'])} ({_us(times['q20'])}–{_us(times['q80'])})"
-
-
-def _share(times: dict[str, Any] | None) -> str:
-    return f"{100 * times['share']:.0f} %" if times and "share" in times else _NOTHING
-
-
-def _ratio(theirs: dict[str, Any] | None, ours: dict[str, Any]) -> str:
-    if not theirs or "median" not in theirs or "median" not in ours:
-        return _NOTHING
-    return f"{theirs['median'] / ours['median']:.2f}"
-
-
 def _kept(memory: dict[str, dict[str, Any]] | None) -> str:
     if not memory:
-        return _NOTHING
+        return NOTHING
     kept = [memory[n].get("kept") for n in ("fastvit", "timm eager")]
-    return " / ".join(f"{k / 1e6:,.0f}" if k is not None else _NOTHING for k in kept)
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, or nothing where there are no rows."""
-    if not rows:
-        return ""
-    lines = [heads, [":---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in line)} |" for line in lines)
+    return " / ".join(f"{k / 1e6:,.0f}" if k is not None else NOTHING for k in kept)

@@ -89,11 +89,14 @@ def calls(
     *,
     backward: bool,
     parameters: Sequence[Tensor] = (),
+    frozen: bool = False,
 ) -> list[Call]:
-    """One call for each set of inputs: the function alone, or with every gradient."""
+    """One call for each set of inputs: the function alone, or with every gradient, except those of
+    the inputs if they are ``frozen``, as images are.
+    """
     if not backward:
         return [_inference(function, inputs) for inputs in sets]
-    return [_training(function, inputs, parameters) for inputs in sets]
+    return [_training(function, inputs, parameters, frozen) for inputs in sets]
 
 
 def _inference(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
@@ -105,17 +108,21 @@ def _inference(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Cal
 
 
 def _training(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    frozen: bool,
 ) -> Call:
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    inputs = [x.detach().requires_grad_(not frozen) for x in inputs]
+    leaves = [*([] if frozen else inputs), *parameters]
     cotangents: list[Tensor] = []
 
     def call() -> tuple[Tensor, ...]:
-        out = function(*leaves)
+        out = function(*inputs)
         if not cotangents:
             # In the layout of the output, as a layer's next operation gives it.
             cotangents.append(torch.randn_like(out))
-        return torch.autograd.grad(out, [*leaves, *parameters], cotangents[0], allow_unused=True)
+        return torch.autograd.grad(out, leaves, cotangents[0], allow_unused=True)
 
     return call
 

@@ -20,8 +20,20 @@ def verified() -> dict[str, str]:
     return trust.verified_here()
 
 
-def write_verified(out: Path, found: dict[str, str]) -> None:
-    """Write what passed in all processes of a run: a package trusts every key in this file."""
-    passed = {key: "" for key, finding in found.items() if not finding}
-    text = json.dumps(passed, indent=1, sort_keys=True)
-    (out / "verified.json").write_text(text + "\n", "utf-8")
+def write_verified(out: Path, found: dict[str, str], *, add: bool = False) -> None:
+    """Write what passed in all processes of a run: a package trusts every key in this file.
+
+    Args:
+        add: keep the keys that an earlier stage wrote.
+    """
+    path = out / "verified.json"
+    whole = {**(_read(path) if add else {}), **found}
+    passed = {key: "" for key, finding in whole.items() if not finding}
+    path.write_text(json.dumps(passed, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}

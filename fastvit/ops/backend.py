@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastvit import _native
+
 AUTO = "auto"
 BACKENDS = ("reference", "torch", "triton", "native")
 OPS = ("gpsa", "mhsa", "conv_stem", "patch_embed")
@@ -21,8 +23,8 @@ OPS = ("gpsa", "mhsa", "conv_stem", "patch_embed")
 PREFERENCE = ("native", "triton", "torch", "reference")
 
 
-#: What the Triton kernels of attention take.
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: What the kernels take.
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_SIDE = 64
 
 
@@ -119,7 +121,7 @@ def refusal(call: Call, name: str) -> str | None:
     if name == "triton":
         return _triton_refusal(call)
     if name == "native":
-        return f"this version of fastvit has no native kernel for {call.op}"
+        return _native_refusal(call)
     if name == "torch" and call.op == "gpsa" and call.dropout_p > 0.0:
         return _dropout_refusal(call)
     return None
@@ -132,15 +134,22 @@ def _dropout_refusal(call: Call) -> str:
     )
 
 
+def _dtype_refusal(call: Call, kernels: str, tensors: str) -> str | None:
+    if call.dtype in _KERNEL_DTYPES:
+        return None
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KERNEL_DTYPES)
+    got = str(call.dtype).removeprefix("torch.")
+    return f"the {kernels} take {names}, and the {tensors} {got}"
+
+
 def _triton_refusal(call: Call) -> str | None:
     if call.op not in ("gpsa", "mhsa"):
         return f"this version of fastvit has no Triton kernel for {call.op}"
     if call.dropout_p > 0.0:
         return _dropout_refusal(call)
-    if call.dtype not in _TRITON_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TRITON_DTYPES)
-        got = str(call.dtype).removeprefix("torch.")
-        return f"the Triton kernels take {names}, and the tokens are {got}"
+    reason = _dtype_refusal(call, "Triton kernels", "tokens are")
+    if reason is not None:
+        return reason
     # Not as membership of a range, which a trace with symbolic sizes cannot ask.
     if call.channels is not None and not (16 <= call.channels <= 128 and call.channels % 8 == 0):
         return (
@@ -172,9 +181,36 @@ def _triton_absence(device_type: str, index: int | None) -> str | None:
     return None
 
 
+def _native_refusal(call: Call) -> str | None:
+    if call.op != "patch_embed":
+        return f"this version of fastvit has no native kernel for {call.op}"
+    if call.device.type not in ("cpu", "cuda"):
+        return f"the native kernels run on cpu and cuda, and the tensors are on {call.device.type}"
+    reason = _dtype_refusal(call, "native kernels", "weight is")
+    return _native_absence(call.device.type, call.device.index) if reason is None else reason
+
+
+def _native_absence(device_type: str, index: int | None) -> str | None:
+    """Why the compiled module does not run on a device."""
+    if _native.reason() is not None or device_type == "cpu":
+        return _native.reason()
+    if _native.load().build_info()["nvcc"] is None:
+        return (
+            "fastvit._C was built without CUDA code: install fastvit again with FASTVIT_CUDA=1 "
+            "where there is an nvcc"
+        )
+    if not torch.cuda.is_available():
+        return "CUDA is not available in this process"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the native kernels need compute capability 8.0 or later, got {major}.{minor}"
+    return None
+
+
 # A trace takes the answer as it is: nothing in it depends on traced tensors. This is what
 # torch.compiler.assume_constant_result does, after a second of importing the compiler.
 _triton_absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_native_absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(call: Call, name: str) -> str:

@@ -81,7 +81,7 @@ def trusts(candidate: Candidate, asked: str) -> bool:
             _verdicts.record(candidate.key, known, lasting)
             if known and asked == "auto":
                 warnings.warn(
-                    f"fastvit: a Triton kernel disagrees with PyTorch on this machine and is not "
+                    f"fastvit: a kernel disagrees with PyTorch on this machine and is not "
                     f"used; the torch backend serves instead. {candidate.key}: {known} "
                     f"(kept in {_cache_file()}; deleting the file repeats the check)",
                     RuntimeWarning,
