@@ -145,7 +145,12 @@ def _backward_tile(p: Problem) -> Config | None:
 
 def _query(p: Problem) -> Config:
     if p.arithmetic == "ieee":
-        return _stream(p, rows=0, keys=0)._replace(rows=32)
+        # Just above a number of registers with which one more block fits, the compiler spills.
+        many = p.channels <= 48 or (p.arch == "sm_80" and p.channels > 64)
+        keys = 32 if 48 < p.channels <= 64 else 16
+        return _stream(p, rows=0, keys=0)._replace(rows=32, keys=keys, warps=8 if many else 4)
+    if p.arithmetic == "tf32" and p.arch == "sm_80" and p.channels > 64:
+        return _stream(p, rows=0, keys=0)._replace(rows=16)
     if p.arch not in _FROM_SHARED_MEMORY and 16 < p.channels <= 64:
         return _stream(p, rows=32, keys=64)
     # 64 keys of a wide head would spill.
@@ -155,9 +160,10 @@ def _query(p: Problem) -> Config:
 
 def _key(p: Problem) -> Config:
     # Two gradients are summed up here, so the tiles that would not spill are smaller.
-    if p.arithmetic != "half":
-        keys = 32 if p.arithmetic == "tf32" else 16
-        return _stream(p, rows=0, keys=0)._replace(rows=16, keys=keys)
+    if p.arithmetic == "ieee":
+        return _stream(p, rows=0, keys=0)._replace(warps=8 if p.channels <= 32 else 4)
+    if p.arithmetic == "tf32":
+        return _stream(p, rows=0, keys=0)._replace(rows=16, keys=16)
     widest = 32 if p.arch == "sm_120" else 64
     keys = 64 if p.arch in _FROM_SHARED_MEMORY or p.channels <= widest else 32
     return _stream(p, rows=32, keys=keys)
@@ -175,11 +181,13 @@ def _stream(p: Problem, rows: int, keys: int) -> Config:
         if not fits:
             channels = (_power(p.channels),)
         return Config(rows=rows, keys=keys, channels=channels, stages=2)
-    keys = 32 if p.channels <= 64 else 16
     if p.arithmetic == "tf32":
+        narrow = p.channels > 64 or (p.arch == "sm_120" and p.channels <= 32)
+        keys = 16 if narrow else 32
         return Config(rows=32, keys=keys, channels=(_power(p.channels),))
     # Without matrix instructions a thread holds whole rows of both operands: narrow tiles.
-    return Config(rows=keys, keys=keys, channels=(16,) * -(-p.channels // 16))
+    warps = 4 if p.arch == "sm_80" and p.channels > 64 else 8
+    return Config(rows=16, keys=16, channels=(16,) * -(-p.channels // 16), warps=warps)
 
 
 def _kronecker(p: Problem) -> Config:
