@@ -133,35 +133,16 @@ __global__ void __launch_bounds__(GradientTile::kThreads, GradientTile::kBlocks<
   const int warp_column = warp % Tile::kWarpsWide * kWarpColumns;
 
   GradientCopier<T, Pixel> copier(args, first_output, first_pixel, first_row, end);
-  const int steps = (end - first_row + kDepth - 1) / kDepth;
-  const int ahead = args.stages - 1;
-  for (int step = 0; step < ahead; ++step) {
-    if (step < steps) {
-      copier.start(step, memory + step * Tile::kStageBytes);
-      copier.finish(memory + step * Tile::kStageBytes);
-    }
-    commit_copies();
-  }
-
   WarpSums<kArithmetic, kWarpRows, kWarpColumns> sums;
   sums.clear();
-  int slot = 0;
-  for (int step = 0; step < steps; ++step) {
-    wait_for_stage(args.stages);
-    const uint32_t next = memory + (slot == 0 ? ahead : slot - 1) * Tile::kStageBytes;
-    const bool more = step + ahead < steps;
-    if (more) {
-      copier.start(step + ahead, next);
-    }
-    commit_copies();
-    const uint32_t stage = memory + slot * Tile::kStageBytes;
-    sums.template add_columns<kDepth>(stage, warp_row, stage + Tile::kOperandBytes, warp_column,
-                                      lane);
-    if (more) {
-      copier.finish(next);
-    }
-    slot = slot == ahead ? 0 : slot + 1;
-  }
+  run_ring(
+      memory, Tile::kStageBytes, args.stages, (end - first_row + kDepth - 1) / kDepth,
+      [&](int step, uint32_t stage) { copier.start(step, stage); },
+      [&](int, uint32_t stage) { copier.finish(stage); },
+      [&](uint32_t stage) {
+        sums.template add_columns<kDepth>(stage, warp_row, stage + Tile::kOperandBytes, warp_column,
+                                          lane);
+      });
 
   const int32_t columns = grid.columns();
   float* partial = args.partial + static_cast<int64_t>(split) * args.outputs * columns;

@@ -68,41 +68,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   PatchCopier<T, Pixel, Tile::kRows, Tile::kThreads> patches(args.pixels, threadIdx.x);
   patches.aim(first_row);
-  const auto start = [&](int step, uint32_t stage) {
-    copy_weight<T, Tile::kColumns, Tile::kThreads>(args, first_output, step,
-                                                   stage + Tile::kRows * kRowBytes);
-    return patches.start(step, stage);
-  };
-  const int steps = (grid.columns() + kRowElements<T> - 1) / kRowElements<T>;
-  const int ahead = args.stages - 1;
-  for (int step = 0; step < ahead; ++step) {
-    if (step < steps) {
-      const uint32_t stage = memory + step * Tile::kStageBytes;
-      patches.finish(start(step, stage), step, stage);
-    }
-    commit_copies();
-  }
-
+  typename decltype(patches)::Loaded loaded;
   WarpSums<kArithmetic, kWarpRows, kWarpColumns> sums;
   sums.clear();
-  int slot = 0;
-  for (int step = 0; step < steps; ++step) {
-    wait_for_stage(args.stages);
-    // Everybody has finished with the slot before this one.
-    const uint32_t next = memory + (slot == 0 ? ahead : slot - 1) * Tile::kStageBytes;
-    const bool more = step + ahead < steps;
-    decltype(start(0, 0)) loaded;
-    if (more) {
-      loaded = start(step + ahead, next);
-    }
-    commit_copies();
-    const uint32_t stage = memory + slot * Tile::kStageBytes;
-    sums.add_rows(stage, warp_row, stage + Tile::kRows * kRowBytes, warp_column, lane);
-    if (more) {
-      patches.finish(loaded, step + ahead, next);
-    }
-    slot = slot == ahead ? 0 : slot + 1;
-  }
+  run_ring(
+      memory, Tile::kStageBytes, args.stages,
+      (grid.columns() + kRowElements<T> - 1) / kRowElements<T>,
+      [&](int step, uint32_t stage) {
+        copy_weight<T, Tile::kColumns, Tile::kThreads>(args, first_output, step,
+                                                       stage + Tile::kRows * kRowBytes);
+        loaded = patches.start(step, stage);
+      },
+      [&](int step, uint32_t stage) { patches.finish(loaded, step, stage); },
+      [&](uint32_t stage) {
+        sums.add_rows(stage, warp_row, stage + Tile::kRows * kRowBytes, warp_column, lane);
+      });
 
   __syncthreads();
   using Writer = typename Tile::template Writer<T>;

@@ -171,4 +171,38 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
   __syncthreads();
 }
 
+// Multiplies step by step while later steps are copied, through a ring of `stages` stages:
+// start(step, stage) and finish(step, stage) fill one, before and after the product that is under
+// way, and multiply(stage) reads it.
+template <typename Start, typename Finish, typename Multiply>
+__device__ __forceinline__ void run_ring(uint32_t memory, int stage_bytes, int stages, int steps,
+                                         const Start& start, const Finish& finish,
+                                         const Multiply& multiply) {
+  const int ahead = stages - 1;
+  for (int step = 0; step < ahead; ++step) {
+    if (step < steps) {
+      const uint32_t stage = memory + step * stage_bytes;
+      start(step, stage);
+      finish(step, stage);
+    }
+    commit_copies();
+  }
+  int slot = 0;
+  for (int step = 0; step < steps; ++step) {
+    wait_for_stage(stages);
+    // Everybody has finished with the slot before this one.
+    const uint32_t next = memory + (slot == 0 ? ahead : slot - 1) * stage_bytes;
+    const bool more = step + ahead < steps;
+    if (more) {
+      start(step + ahead, next);
+    }
+    commit_copies();
+    multiply(memory + slot * stage_bytes);
+    if (more) {
+      finish(step + ahead, next);
+    }
+    slot = slot == ahead ? 0 : slot + 1;
+  }
+}
+
 }  // namespace fastvit

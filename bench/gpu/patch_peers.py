@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Portable(Tokens):
         return self.kernels.forward(images, *drawn, *statistics)
 
 
-class Chain(Tokens):
+class Chain(Tokens, ABC):
     """Operators of PyTorch, one after the other."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -62,8 +63,9 @@ class Chain(Tokens):
     def normalized(self, images: Tensor) -> Tensor:
         return ((images.float() / 255.0 - self.mean) / self.std).to(self.weight.dtype)
 
+    @abstractmethod
     def project(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Normalised images (B, C, H, W) as tokens (B, N, D), without class token and positions."""
 
 
 class Timm(Chain):
