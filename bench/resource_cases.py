@@ -31,6 +31,9 @@ KERNELS = {
     "backward_key": "backward_key",
     "factor_gradient": "position_gradient",
     "parameter_gradient": "position_gradient",
+    "dropout_forward": "dropout_forward",
+    "dropout_query": "dropout_query",
+    "dropout_key": "dropout_key",
 }
 
 
@@ -46,6 +49,7 @@ class Case(NamedTuple):
     tokens: tuple[int, int] | int
     channels: int
     kernels: tuple[str, ...]
+    dropout: bool = False
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -67,12 +71,14 @@ class Case(NamedTuple):
     def name(self) -> str:
         """For example "bfloat16 B256 H9 14x14 d48"; a bare number of tokens is plain attention."""
         tokens = "x".join(map(str, self.grid)) if self.grid else f"N{self.count}"
-        return f"{self.precision} B{self.images} H{self.heads} {tokens} d{self.channels}"
+        name = f"{self.precision} B{self.images} H{self.heads} {tokens} d{self.channels}"
+        return f"{name} dropout" if self.dropout else name
 
 
 _STREAM = ("backward_query", "backward_key")
 _ALL_BACKWARD = ("backward_tile", *_STREAM)
 _BOTH = ("forward_tile", "forward_stream")
+_DROPOUT = ("dropout_query", "dropout_key")
 
 # At most 48 pairs of a kernel and a case; an architecture compiles those that it chooses. Batches
 # are 256 for grids like 14x14 and 64 above, but 1 or 2 where a small call is the case.
@@ -116,6 +122,11 @@ CASES = (
     Case("backward", "tf32", 64, 6, (24, 24), 128, (*_STREAM, "factor_gradient")),
     Case("backward", "ieee", 256, 6, (14, 14), 128, _STREAM),
     Case("backward", "ieee", 64, 6, (64, 64), 64, ("kronecker", "factor_gradient")),
+    # Attention dropout.
+    Case("forward", "bfloat16", 256, 9, (14, 14), 48, ("dropout_forward",), dropout=True),
+    Case("forward", "ieee", 64, 6, (24, 24), 128, ("dropout_forward",), dropout=True),
+    Case("backward", "bfloat16", 256, 9, (14, 14), 48, _DROPOUT, dropout=True),
+    Case("backward", "tf32", 64, 6, (24, 24), 128, _DROPOUT, dropout=True),
 )
 
 
@@ -194,11 +205,12 @@ def pairs() -> list[tuple[str, Case]]:
 def launches(arch: str, case: Case) -> dict[str, Launch]:
     """The launches of a case on an architecture, by kernel, in their order."""
     problem = module("configs").Problem(
-        arch, case.arithmetic, case.images, case.heads, case.count, case.channels, case.grid
-    )
+        arch, case.arithmetic, case.images, case.heads, case.count, case.channels, case.grid,
+        case.dropout,
+    )  # fmt: skip
     chosen = getattr(module("configs"), case.direction)(problem)
     with _recorded() as found:
-        (_forward if case.direction == "forward" else _backward)(case, chosen)
+        _CALLS[case.direction, case.dropout](case, chosen)
     taken = {kernel: Launch(kernel, grid, made, chosen[kernel]) for kernel, grid, made in found}
     assert list(taken) == list(chosen), f"{list(taken)} were launched, {list(chosen)} chosen"
     return taken
@@ -293,3 +305,41 @@ def _backward(case: Case, chosen: dict[str, Any]) -> None:
         made.parameter_gradient(
             py, px, dpy, dpx, content, gating, weight, gating, chosen["parameter_gradient"]
         )
+
+
+def _dropout_arguments(case: Case) -> tuple[Any, ...]:
+    """Factors, gates and seed, as the kernels with dropout take them."""
+    weight, gating = _position(case)
+    py, px = module("kronecker").position_factors(weight, "float32", case.grid)
+    return py, px, gating, Fake((1,), "int64")
+
+
+def _dropout_forward(case: Case, chosen: dict[str, Any]) -> None:
+    """As ``fastvit/ops/gpsa_triton.py`` has it."""
+    (q, k, v), out = _arguments(case), _heads(case, 1)
+    module("dropout_forward").dropout_forward(
+        q, k, v, *_dropout_arguments(case), out,
+        case.grid, case.channels**-0.5, 0.1, _precision(case), chosen["dropout_forward"],
+    )  # fmt: skip
+
+
+def _dropout_backward(case: Case, chosen: dict[str, Any]) -> None:
+    """As ``fastvit/ops/gpsa_triton.py`` has it."""
+    (q, k, v), grad = _arguments(case), _heads(case, 1)
+    B, H, N, _ = q.shape
+    given = (grad, q, k, v, *_dropout_arguments(case))
+    statistics = Fake((2, B, H, N), "float32")
+    parts = Fake((H, B, -(-N // chosen["dropout_query"].rows), 4), "float32")
+    sizes = (case.grid, case.channels**-0.5, 0.1, _precision(case))
+    module("dropout_query").dropout_query(
+        *given, q, statistics, parts, *sizes, chosen["dropout_query"]
+    )
+    module("dropout_key").dropout_key(*given, statistics, k, v, *sizes, chosen["dropout_key"])
+
+
+_CALLS = {
+    ("forward", False): _forward,
+    ("backward", False): _backward,
+    ("forward", True): _dropout_forward,
+    ("backward", True): _dropout_backward,
+}

@@ -62,7 +62,7 @@ RESERVED_SHARED = 1024
 EXPONENTIALS_PER_CLOCK = 16
 SYNCHRONOUS_SHARE = 0.62
 
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int64": 8}
 
 
 class Work(NamedTuple):
@@ -115,17 +115,23 @@ _PRODUCTS = {
     "backward_tile": (5, 1),
     "backward_query": (5, 2),
     "backward_key": (4, 1),
+    "dropout_forward": (3, 2),
+    "dropout_query": (5, 2),
+    "dropout_key": (4, 1),
 }
 
-_TENSORS = ("grad", "q", "k", "v", "table", "out", "dq", "dk", "dv", "statistics", "content")
+_TENSORS = (
+    "grad", "q", "k", "v", "table", "py", "px", "out", "dq", "dk", "dv", "statistics", "content",
+    "parts",
+)  # fmt: skip
 
 
 def _attention(kernel: str, arguments: dict[str, Any]) -> Work:
     moved = sum(_size(arguments.get(name)) for name in _TENSORS)
     # What holds the position term beforehand is read, too.
-    if arguments["GATED"] and kernel == "forward_stream":
+    if kernel == "forward_stream" and arguments["GATED"]:
         moved += _size(arguments["out"])
-    if arguments["GATED"] and kernel == "backward_key":
+    if kernel == "backward_key" and arguments["GATED"]:
         moved += _size(arguments["dv"])
     heads = arguments["q"].shape[0] * arguments["q"].shape[1]
     tokens, keys = arguments["N"], arguments["KEYS"]

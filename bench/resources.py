@@ -123,7 +123,7 @@ def _source(name: str) -> str:
 def hash_of(pair: Pair) -> str:
     """Of everything that decides what the compiler makes of the pair, but the compiler."""
     bound = bind(pair)
-    given = ("num_warps", "num_stages", "enable_fp_fusion")
+    given = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
     options = {name: bound.options[name] for name in given}
     constants = sorted((path, repr(value)) for path, value in bound.constants.items())
     # Triton's versions differ in whether they list arguments without attributes.

@@ -28,6 +28,7 @@ from fastvit.checks import (
 )
 from fastvit.ops import conv_stem as _conv_stem
 from fastvit.ops import gpsa as _gpsa
+from fastvit.ops import gpsa_dropout as _gpsa_dropout
 from fastvit.ops import mhsa as _mhsa
 from fastvit.ops import patch_embed as _patch_embed
 from fastvit.ops.backend import Call, choose, requested
@@ -93,7 +94,8 @@ def gpsa_attention(
         grid_size: (rows, columns) of the tokens, which are numbered row by row.
         scale: of the content scores; ``d ** -0.5`` when None.
         dropout_p: probability of dropping an entry of the mixed map; active whenever it is
-            above 0. The reference backend serves it, through the N x N maps.
+            above 0. The Triton kernels drop weights while they pass over the map; elsewhere the
+            reference backend serves, through the N x N maps.
         backend: see the module.
 
     Returns:
@@ -116,6 +118,11 @@ def gpsa_attention(
             scale=scale, dropout_p=dropout_p,
         )  # fmt: skip
     rows, columns = grid_size
+    if dropout_p > 0.0:
+        return _gpsa_dropout.gpsa_dropout(
+            q, k, v, pos_weight, gating_param, _gpsa_dropout.new_seed(q),
+            rows, columns, scale, float(dropout_p), asked,
+        )  # fmt: skip
     return _gpsa.gpsa(q, k, v, pos_weight, gating_param, rows, columns, scale, asked)
 
 
@@ -150,7 +157,11 @@ def gpsa_attention_qkpacked(
     cast = autocast_dtype(qk)
     check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
     asked = requested(backend)
-    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
+    if (
+        dropout_p > 0.0
+        or choose(_gpsa.call(q, grid_size), asked) == "reference"
+        or plain_ops_wanted()
+    ):
         return gpsa_attention(
             q, k, v, pos_weight, gating_param, grid_size,
             scale=scale, dropout_p=dropout_p, backend=backend,
@@ -189,7 +200,11 @@ def gpsa_attention_qkvpacked(
     cast = autocast_dtype(qkv)
     check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
     asked = requested(backend)
-    if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
+    if (
+        dropout_p > 0.0
+        or choose(_gpsa.call(q, grid_size), asked) == "reference"
+        or plain_ops_wanted()
+    ):
         return gpsa_attention(
             q, k, v, pos_weight, gating_param, grid_size,
             scale=scale, dropout_p=dropout_p, backend=backend,

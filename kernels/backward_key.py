@@ -131,5 +131,6 @@ def backward_key(grad, q, k, v, gating_param, statistics, dk, dv, scale, precisi
         DOT_F32=INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         enable_fp_fusion=True,
     )

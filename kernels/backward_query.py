@@ -10,12 +10,13 @@ import triton.language as tl
 
 from .blocks import (
     INTERPRETED,
-    LOG2_E,
     add_product,
+    block_of_scores,
     image_and_head,
     in_units,
     inner_products,
     load_rows,
+    next_maximum,
     scaled,
     store_rows,
     stride_unit,
@@ -69,19 +70,15 @@ def backward_query_kernel(
     for start in range(0, N, KEYS):
         # [ROWS, KEYS]
         o_j = start + tl.arange(0, KEYS)
-        b_k = load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
-        b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
-        if N % KEYS != 0:
-            b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
+        b_s, _ = block_of_scores(
+            b_q, p_k, o_j, k_strides[2], scale, UNIT, N, D, KEYS, D_CHUNKS, PRECISION, DOT_F32
+        )
         b_v = load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_da = inner_products(b_g, b_v, PRECISION)
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_max, b_base, b_shrink = next_maximum(b_max, b_s)
         b_e = tl.exp2(b_s - b_base[:, None])
-        b_shrink = tl.exp2(b_max - b_base)
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
         b_mean = b_mean * b_shrink + tl.sum(b_e * b_da, 1)
-        b_max = b_new
     # Queries beyond N are zero, but zero times an infinite key is not a number.
     b_mean = tl.where(o_i < N, b_mean / b_sum, 0.0)
     b_log = b_max + tl.log2(b_sum)
@@ -90,10 +87,9 @@ def backward_query_kernel(
     for start in range(0, N, KEYS):
         # [ROWS, KEYS]
         o_j = start + tl.arange(0, KEYS)
-        b_k = load_rows(p_k, o_j, k_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
-        b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
-        if N % KEYS != 0:
-            b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
+        b_s, b_k = block_of_scores(
+            b_q, p_k, o_j, k_strides[2], scale, UNIT, N, D, KEYS, D_CHUNKS, PRECISION, DOT_F32
+        )
         b_v = load_rows(p_v, o_j, v_strides[2], UNIT, N, D, D_CHUNKS, DOT_F32)
         b_da = inner_products(b_g, b_v, PRECISION)
         b_ds = tl.exp2(b_s - b_log[:, None]) * (b_da - b_mean[:, None])
@@ -146,5 +142,6 @@ def backward_query(grad, q, k, v, gating_param, dq, statistics, content, scale, 
         DOT_F32=INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         enable_fp_fusion=True,
     )

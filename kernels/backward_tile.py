@@ -154,5 +154,6 @@ def backward_tile(
         DOT_F32=INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         enable_fp_fusion=True,
     )

@@ -127,3 +127,39 @@ def add_product(acc, b_w, x, PRECISION: tl.constexpr):
     for c in tl.static_range(len(x)):
         tiles = tiles + (tl.dot(b_w.to(x[c].dtype), x[c], acc[c], input_precision=PRECISION),)
     return tiles
+
+
+@triton.jit
+def block_of_scores(
+    b_q,
+    p_k,
+    o_j,
+    stride_kn,
+    scale,
+    UNIT: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    D_CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT_F32: tl.constexpr,
+):
+    """Scores of the queries ``b_q`` and the KEYS keys ``o_j`` for exponentials to the base 2, -inf
+    beyond N: [rows, KEYS]; and the keys.
+    """
+    b_k = load_rows(p_k, o_j, stride_kn, UNIT, N, D, D_CHUNKS, DOT_F32)
+    b_s = inner_products(b_q, b_k, PRECISION) * (scale * LOG2_E)
+    if N % KEYS != 0:
+        b_s = tl.where(o_j[None, :] < N, b_s, float("-inf"))
+    return b_s, b_k
+
+
+@triton.jit
+def next_maximum(b_max, b_s):
+    """Of rows of which another block of scores has come: their maximum, what to subtract from their
+    scores, and the factor of the sums so far.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    # A block of scores may be -inf throughout and the row still be finite.
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    return b_new, b_base, tl.exp2(b_max - b_base)

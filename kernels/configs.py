@@ -34,6 +34,8 @@ class Config(NamedTuple):
     stages: int = 1
     #: Whether one program does a whole head, whose keys and values stay.
     resident: bool = False
+    #: The most registers of a thread, where the compiler's own choice spills; None leaves it.
+    registers: int | None = None
     #: Into how many groups the images are split for a sum over them.
     groups: int = 0
 
@@ -75,10 +77,14 @@ class Problem(NamedTuple):
     channels: int
     #: Rows and columns of the grid; None for plain attention.
     grid: tuple[int, int] | None
+    #: Whether weights of the mixed map are dropped; of GPSA only.
+    dropout: bool = False
 
 
 def forward(p: Problem) -> dict[str, Config]:
     """The kernels of the forward, by name, in the order in which they run."""
+    if p.dropout:
+        return {"position_factors": Config(), "dropout_forward": _dropout_rows(p)}
     tile = _forward_tile(p)
     if tile is not None:
         table = {} if p.grid is None else {"position_table": Config()}
@@ -90,6 +96,9 @@ def forward(p: Problem) -> dict[str, Config]:
 
 def backward(p: Problem) -> dict[str, Config]:
     """The same of the backward."""
+    if p.dropout:
+        query = {"position_factors": Config(), "dropout_query": _dropout_rows(p)}
+        return {**query, "dropout_key": _dropout_keys(p)}
     tile = _backward_tile(p)
     content = {"backward_query": _query(p), "backward_key": _key(p)}
     if p.grid is None:
@@ -188,6 +197,21 @@ def _stream(p: Problem, rows: int, keys: int) -> Config:
     # Without matrix instructions a thread holds whole rows of both operands: narrow tiles.
     warps = 4 if p.arch == "sm_80" and p.channels > 64 else 8
     return Config(rows=16, keys=16, channels=(16,) * -(-p.channels // 16), warps=warps)
+
+
+def _dropout_rows(p: Problem) -> Config:
+    """Of the kernels with a block of queries."""
+    return _dropout(p, rows=64 if p.arch in _FROM_SHARED_MEMORY else 32, keys=32)
+
+
+def _dropout_keys(p: Problem) -> Config:
+    return _dropout(p, rows=32, keys=64 if p.arch in _FROM_SHARED_MEMORY else 32)
+
+
+def _dropout(p: Problem, rows: int, keys: int) -> Config:
+    config = _stream(p, rows, keys)._replace(registers=255)
+    # Four warps spill the map's gradient, the mask and P beside a wide head.
+    return config._replace(warps=8) if p.channels > 48 else config
 
 
 def _kronecker(p: Problem) -> Config:

@@ -190,5 +190,6 @@ def forward_tile(q, k, v, table, gating_param, out, scale, precision, config):
         DOT_F32=INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         enable_fp_fusion=True,
     )

@@ -198,5 +198,6 @@ def kronecker(x, py, px, gating_param, out, grid_size, precision, config, *, tra
         DOT_F32=INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         enable_fp_fusion=True,
     )

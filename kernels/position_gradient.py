@@ -191,6 +191,7 @@ def factor_gradient(grad, v, py, px, grid_size, precision, config):
         DOT_F32=INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers,
         enable_fp_fusion=True,
     )
     return dpy, dpx

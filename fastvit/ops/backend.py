@@ -129,8 +129,8 @@ def refusal(call: Call, name: str) -> str | None:
 
 def _dropout_refusal(call: Call) -> str:
     return (
-        f"attention dropout ({call.dropout_p}) acts on the attention map, "
-        "which only the reference backend forms"
+        f"attention dropout ({call.dropout_p}) acts on the mixed map, which the reference backend "
+        "forms and the Triton kernels drop weights of while they pass over it"
     )
 
 
@@ -145,8 +145,8 @@ def _dtype_refusal(call: Call, kernels: str, tensors: str) -> str | None:
 def _triton_refusal(call: Call) -> str | None:
     if call.op not in ("gpsa", "mhsa"):
         return f"this version of fastvit has no Triton kernel for {call.op}"
-    if call.dropout_p > 0.0:
-        return _dropout_refusal(call)
+    if call.op == "mhsa" and call.dropout_p > 0.0:
+        return f"dropout ({call.dropout_p}) of plain attention is left to PyTorch's own kernels"
     reason = _dtype_refusal(call, "Triton kernels", "tokens are")
     if reason is not None:
         return reason

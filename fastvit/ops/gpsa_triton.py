@@ -46,16 +46,16 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def plan(direction: str, q: Tensor, grid_size: Grid | None) -> Plan:
+def plan(direction: str, q: Tensor, grid_size: Grid | None, dropout: bool = False) -> Plan:
     """What runs in the "forward" or "backward" of q (B, H, N, d); plain attention without grid."""
     arch = architecture(q.device)
     arithmetic = precision() if q.dtype == torch.float32 else "half"
     B, H, N, d = q.shape
-    problem = configs.Problem(arch, arithmetic, B, H, N, d, grid_size)
+    problem = configs.Problem(arch, arithmetic, B, H, N, d, grid_size, dropout)
     return Plan(arch, precision(), getattr(configs, direction)(problem))
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """x with consecutive channels, which the kernels count on; any other strides are theirs."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -74,7 +74,7 @@ def forward(
     out = like_heads(q)
     if out.numel() == 0:
         return out
-    q, k, v = map(_readable, (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     gating_param = gating_param.contiguous()
     _, precision, kernels = plan
     with torch.cuda.device_of(q):
@@ -110,7 +110,7 @@ def backward(
         return *gradients, torch.zeros_like(pos_weight), torch.zeros_like(gating_param)
     gating_param = gating_param.contiguous()
     dpos_weight, dgating = pos_weight.new_empty(pos_weight.shape), torch.empty_like(gating_param)
-    grad, q, k, v = map(_readable, (grad, q, k, v))
+    grad, q, k, v = map(readable, (grad, q, k, v))
     _, precision, kernels = plan
     with torch.cuda.device_of(q):
         py, px = position_factors(pos_weight, torch.float32, grid_size)
@@ -142,7 +142,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Plan)
     out = like_heads(q)
     if out.numel() == 0:
         return out
-    q, k, v = map(_readable, (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     _, precision, kernels = plan
     with torch.cuda.device_of(q):
         if "forward_tile" in kernels:
@@ -162,7 +162,7 @@ def attention_backward(
     if dqkv.numel() == 0:
         return dqkv
     dq, dk, dv = unpack_heads(dqkv)
-    grad, q, k, v = map(_readable, (grad, q, k, v))
+    grad, q, k, v = map(readable, (grad, q, k, v))
     _, precision, kernels = plan
     with torch.cuda.device_of(q):
         if "backward_tile" in kernels:

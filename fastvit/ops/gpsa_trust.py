@@ -23,32 +23,45 @@ from fastvit import testing
 from fastvit.kernels import configs
 from fastvit.kernels.blocks import INTERPRETED
 from fastvit.kernels.kronecker import padded
-from fastvit.ops import gpsa_torch, gpsa_triton, mhsa_torch, trust
+from fastvit.ops import (
+    gpsa_dropout_torch,
+    gpsa_dropout_triton,
+    gpsa_torch,
+    gpsa_triton,
+    mhsa_torch,
+    trust,
+)
 from fastvit.ops.gpsa_triton import Grid, Plan
 from fastvit.ops.trust import Candidate, source_hash
 from fastvit.testing import CANCELLING, Agreement, agreement
 
 _IMAGES, _HEADS = 2, 3
+#: With bits in both halves.
+_SEED, _DROPOUT = 0x0123456789ABCDEF, 0.25
 
 
 #: Plans of calls whose kernels are trusted: they need not be named and looked up again.
 _settled: dict[tuple[Any, ...], Plan] = {}
 
 
-def trusted_plan(direction: str, q: Tensor, grid_size: Grid | None, asked: str) -> Plan | None:
+def trusted_plan(
+    direction: str, q: Tensor, grid_size: Grid | None, asked: str, *, dropout: bool = False
+) -> Plan | None:
     """The kernels to run in the "forward" or "backward" of q, or None if they are not trusted.
 
     Raises:
         RuntimeError: they failed their check, and were ``asked`` for by name.
     """
     if not trust.needs_proof(q.device):
-        return gpsa_triton.plan(direction, q, grid_size)
+        return gpsa_triton.plan(direction, q, grid_size, dropout)
     precision = gpsa_triton.precision()
     call = (trust.generation(), direction, q.device, q.dtype, q.shape, grid_size, precision)
+    call = (*call, dropout)
     found = _settled.get(call)
     if found is None:
-        found = gpsa_triton.plan(direction, q, grid_size)
-        candidate = _candidate(direction, found, q, grid_size)
+        found = gpsa_triton.plan(direction, q, grid_size, dropout)
+        op = "mhsa" if grid_size is None else "gpsa_dropout" if dropout else "gpsa"
+        candidate = _candidate(op, direction, found, q, grid_size)
         if not trust.trusts(candidate, asked):
             return None
         if trust.is_known(candidate):
@@ -56,9 +69,8 @@ def trusted_plan(direction: str, q: Tensor, grid_size: Grid | None, asked: str) 
     return found
 
 
-def _candidate(direction: str, plan: Plan, q: Tensor, grid_size: Grid | None) -> Candidate:
+def _candidate(op: str, direction: str, plan: Plan, q: Tensor, grid_size: Grid | None) -> Candidate:
     """The kernels of ``plan`` for q (B, H, N, d); plain attention without a grid."""
-    op = "mhsa" if grid_size is None else "gpsa"
     N, d = q.shape[2:]
     tokens, grid = _small(N, grid_size)
     capability = "interpreter"
@@ -103,7 +115,7 @@ def _small(N: int, grid_size: Grid | None) -> tuple[int, Grid | None]:
 @functools.cache
 def _hash() -> str:
     folder = Path(fastvit.kernels.__file__).parent
-    own = [__file__, gpsa_triton.__file__, testing.__file__]
+    own = [__file__, gpsa_triton.__file__, gpsa_dropout_triton.__file__, testing.__file__]
     return source_hash(*folder.glob("*.py"), *map(Path, own))
 
 
@@ -134,6 +146,14 @@ _PAIRS = {
     ("gpsa", "forward"): _Pair(gpsa_triton.forward, gpsa_torch.forward, ("out",)),
     ("gpsa", "backward"): _Pair(
         gpsa_triton.backward, gpsa_torch.backward, ("dqkv", "dpos_weight", "dgating_param")
+    ),
+    ("gpsa_dropout", "forward"): _Pair(
+        gpsa_dropout_triton.forward, gpsa_dropout_torch.forward, ("out",)
+    ),
+    ("gpsa_dropout", "backward"): _Pair(
+        gpsa_dropout_triton.backward,
+        gpsa_dropout_torch.backward,
+        ("dqk", "dv", "dpos_weight", "dgating_param"),
     ),
     ("mhsa", "forward"): _Pair(gpsa_triton.attention_forward, mhsa_torch.forward, ("out",)),
     ("mhsa", "backward"): _Pair(gpsa_triton.attention_backward, mhsa_torch.backward, ("dqkv",)),
@@ -168,10 +188,13 @@ def _check(
     if (op, direction) == ("gpsa", "backward"):
         # All gradients in one piece.
         sizes.append(True)
+    if op == "gpsa_dropout":
+        inputs.append(torch.tensor([_SEED]))
+        sizes.append(_DROPOUT)
     found = [
         kernels(*(x.to(device) for x in inputs), *sizes, plan),
         operators(*inputs, *sizes),
-        operators(*(x.double() for x in inputs), *sizes),
+        operators(*(x.double() if x.is_floating_point() else x for x in inputs), *sizes),
     ]
     columns = ([x] if isinstance(x, Tensor) else x for x in found)
     for name, actual, reference, expected in zip(names, *columns, strict=True):
