@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit import functional, reference
+from fastvit.ops import gpsa_dropout, gpsa_dropout_torch
 from fastvit.testing import CANCELLING, agreement, poisoned_allocations
 from gpu.device import Device, open_device, tf32
 from gpu.shapes import Group
@@ -71,11 +72,32 @@ def _compare(device: Device, group: Group, layout: str, dtype: str) -> dict[str,
 def _functions(group: Group) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     if group.op == "mhsa":
         return lambda **t: functional.attention(**t, backend="triton"), reference.attention
+    if group.op == "gpsa_dropout":
+        return _with_dropout(group)
     grid = {"grid_size": group.grid}
     return (
         lambda **t: functional.gpsa_attention(**t, **grid, backend="triton"),
         lambda **t: reference.gpsa_attention(**t, **grid),
     )
+
+
+def _with_dropout(group: Group) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The reference drops what the kernels drop."""
+    probability, scale = 0.25, group.d**-0.5
+
+    def seed(x: Tensor) -> Tensor:
+        return torch.tensor([hash_of(group, "seed") << 32 | 1], device=x.device)
+
+    def ours(q: Tensor, *others: Tensor) -> Tensor:
+        return gpsa_dropout.gpsa_dropout(
+            q, *others, seed(q), *group.grid, scale, probability, "triton"
+        )
+
+    def plain(q: Tensor, *others: Tensor) -> Tensor:
+        kept = gpsa_dropout_torch.kept(seed(q), q.shape[:3], probability)
+        return reference.gpsa_attention(q, *others, group.grid, dropout_p=probability, kept=kept)
+
+    return lambda **t: ours(*t.values()), lambda **t: plain(*t.values())
 
 
 def _gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +117,7 @@ def _inputs(device: Device, group: Group, layout: str, dtype: torch.dtype) -> di
         name: _laid_out(device, layout, group, N, dtype, seed + i)
         for i, name in enumerate(("q", "k", "v"))
     }
-    if group.op == "gpsa":
+    if group.op != "mhsa":
         # Negative on the squared distance, as trained heads are: a Gaussian around an offset.
         slope = torch.tensor([1.0, 1.0, 0.25], device=device.device)
         offset = torch.tensor([0.0, 0.0, 1.0], device=device.device)

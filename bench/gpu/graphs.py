@@ -46,7 +46,7 @@ def _checks() -> list[tuple[str, Check]]:
     checks: list[tuple[str, Check]] = [
         (_name(check), partial(check, make=_layer)) for check in layers
     ]
-    checks += [(_name(check), check) for check in (far_offset, far_strides)]
+    checks += [(_name(check), check) for check in (capture_dropout, far_offset, far_strides)]
     for pixels in (torch.bfloat16, torch.uint8):
         prefix = f"patches of {str(pixels).removeprefix('torch.')}: "
         make = partial(_tokens, pixels=pixels)
@@ -126,6 +126,25 @@ def capture_training(device: Device, make: Make) -> str | None:
     replay()
     device.synchronize()
     _same(out, step())
+    return None
+
+
+def capture_dropout(device: Device) -> str | None:
+    """Every replay drops other weights of the same share."""
+    layer, x = _layer(device)
+    layer.attn_drop.p = 0.5
+    with torch.no_grad():
+        replay, out = device.capture(lambda: layer.train()(x))
+        draws_of_graph = []
+        for _ in range(2):
+            out.fill_(float("nan"))
+            replay()
+            device.synchronize()
+            draws_of_graph.append(out.clone())
+    if not all(x.isfinite().all() for x in draws_of_graph):
+        raise AssertionError("not all of the output was written")
+    if torch.equal(*draws_of_graph):
+        raise AssertionError("two replays dropped the same weights")
     return None
 
 

@@ -40,10 +40,11 @@ def _attention(
     device: Device, op: str, dtype: str, B: int, H: int, grid: tuple[int, int], d: int
 ) -> None:
     shape = (B, H, grid[0] * grid[1], d)
-    shapes = [shape, shape, shape, *([(H, 3), (H,)] if op == "gpsa" else [])]
+    shapes = [shape, shape, shape, *([(H, 3), (H,)] if op != "mhsa" else [])]
     leaves = [_draw(device, *s, dtype=dtype).requires_grad_() for s in shapes]
-    if op == "gpsa":
-        out = gpsa_attention(*leaves, grid, backend="triton")
+    if op != "mhsa":
+        p = 0.25 if op == "gpsa_dropout" else 0.0
+        out = gpsa_attention(*leaves, grid, dropout_p=p, backend="triton")
     else:
         out = attention(*leaves, backend="triton")
     torch.autograd.grad(out, leaves, _draw(device, *shape, dtype=dtype))

@@ -125,6 +125,11 @@ def _full() -> Plan:
     ]
     groups += [Group(f"d={d}", "gpsa", 4, 2, d, (14, 14)) for d in (16, 24, 40, 80, 128)]
     groups += [Group(f"plain d={d}", "mhsa", 4, 2, d, (1, 197)) for d in (24, 80, 128)]
+    groups += [
+        Group("dropout", "gpsa_dropout", 8, 9, 48, (14, 14)),
+        Group("dropout 24x24", "gpsa_dropout", 2, 3, 48, (24, 24)),
+        Group("dropout d=128", "gpsa_dropout", 2, 3, 128, (5, 9)),
+    ]
     shapes = [_shape(size, 256, 196) for size in SIZES]
     shapes += [_shape(size, 64, 196) for size in ("S", "B")]
     shapes += [_shape(size, 32, N) for N in (576, 1024) for size in ("S", "B")]
@@ -169,6 +174,7 @@ def _full() -> Plan:
             ("gpsa", "bfloat16", 2, 2, (3, 90), 48),
             ("gpsa", "bfloat16", 140, 2, (4, 4), 48),
             *(("mhsa", dtype, 2, 2, (1, 50), 64) for dtype in dtypes),
+            ("gpsa_dropout", "bfloat16", 2, 2, (5, 7), 48),
             *(
                 (f"patch_embed{pixels}", dtype, 2, patch, (3, 5), 136)
                 for pixels in ("", " uint8")
@@ -186,6 +192,7 @@ def _dry() -> Plan:
         groups=(
             Group("4x5", "gpsa", 1, 1, 16, (4, 5), ("tokens", "misaligned"), ("float32",)),
             Group("plain 17", "mhsa", 1, 1, 16, (1, 17), dtypes=("bfloat16",)),
+            Group("dropout", "gpsa_dropout", 1, 1, 16, (3, 4), dtypes=("bfloat16",)),
         ),
         shapes=(shape, Shape("S", 1, 1, 16, 17, None)),
         compiled=(shape,),

@@ -71,18 +71,24 @@ def gpsa_attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """GPSA of given queries, keys and values, through the N x N maps.
 
-    Takes what :func:`fastvit.functional.gpsa_attention` takes. Returns (B, H, N, d).
+    Takes what :func:`fastvit.functional.gpsa_attention` takes, and with dropout the weights that
+    are ``kept``, (B, H, N, N) of bool, instead of drawing them. Returns (B, H, N, d).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     positions = relative_positions(grid_size, q.device, pos_weight.dtype)
     # The projection is evaluated for every image of the batch, as the authors and timm do.
     position = F.linear(positions.expand(q.shape[0], -1, -1, -1), pos_weight)
     attn = mixed_attention_map(q, k, position, gating_param, scale=scale)
+    if kept is None:
+        attn = F.dropout(attn, dropout_p, training=dropout_p > 0.0)
+    else:
+        attn = torch.where(kept, attn / (1.0 - dropout_p), 0.0)
     # The position parameters, and softmax under autocast, may be wider than the values.
-    return F.dropout(attn, dropout_p, training=dropout_p > 0.0).to(v.dtype) @ v
+    return attn.to(v.dtype) @ v
 
 
 class GPSA(nn.Module):
