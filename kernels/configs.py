@@ -154,10 +154,12 @@ def _backward_tile(p: Problem) -> Config | None:
 
 def _query(p: Problem) -> Config:
     if p.arithmetic == "ieee":
-        # Just above a number of registers with which one more block fits, the compiler spills.
+        # Just above a number of registers with which one more block fits, the compiler spills, if
+        # it is not told that there are more.
         many = p.channels <= 48 or (p.arch == "sm_80" and p.channels > 64)
         keys = 32 if 48 < p.channels <= 64 else 16
-        return _stream(p, rows=0, keys=0)._replace(rows=32, keys=keys, warps=8 if many else 4)
+        config = _stream(p, rows=0, keys=0)._replace(rows=32, keys=keys, registers=255)
+        return config._replace(warps=8 if many else 4)
     if p.arithmetic == "tf32" and p.arch == "sm_80" and p.channels > 64:
         return _stream(p, rows=0, keys=0)._replace(rows=16)
     if p.arch not in _FROM_SHARED_MEMORY and 16 < p.channels <= 64:
@@ -201,17 +203,25 @@ def _stream(p: Problem, rows: int, keys: int) -> Config:
 
 def _dropout_rows(p: Problem) -> Config:
     """Of the kernels with a block of queries."""
-    return _dropout(p, rows=64 if p.arch in _FROM_SHARED_MEMORY else 32, keys=32)
+    config = _dropout(p, rows=64 if p.arch in _FROM_SHARED_MEMORY else 32, keys=32)
+    if p.arithmetic == "ieee" and p.channels > 64:
+        return config._replace(rows=32, warps=4)
+    if p.arithmetic == "tf32" and p.channels > 64:
+        return config._replace(rows=16)
+    return config
 
 
 def _dropout_keys(p: Problem) -> Config:
-    return _dropout(p, rows=32, keys=64 if p.arch in _FROM_SHARED_MEMORY else 32)
+    # A piece of the channels that is 32 wide makes all warps repeat the same product.
+    narrow = 16 if 16 < p.channels <= 32 else 32
+    return _dropout(p, rows=32, keys=64 if p.arch in _FROM_SHARED_MEMORY else narrow)
 
 
 def _dropout(p: Problem, rows: int, keys: int) -> Config:
     config = _stream(p, rows, keys)._replace(registers=255)
-    # Four warps spill the map's gradient, the mask and P beside a wide head.
-    return config._replace(warps=8) if p.channels > 48 else config
+    # With four warps the map's gradient, the mask and P spill beside these heads.
+    wide = p.channels > 48 or (p.arch == "sm_90" and p.channels <= 16)
+    return config._replace(warps=8) if wide and p.arithmetic == "half" else config
 
 
 def _kronecker(p: Problem) -> Config:
