@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from resource_cases import ARCHITECTURES
+from resource_launch import ARCHITECTURES
 from resource_model import LIMITS
 
 _HEAD = """# What the Triton kernels take
