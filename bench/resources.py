@@ -7,9 +7,10 @@ Triton. Neither a GPU nor torch is needed: ``pip install triton`` is all.
     python bench/resources.py --check   compare with the table, exit 1 on a difference
 
 What is compiled is what is launched: the arguments come from the functions that launch the kernels
-(``resource_cases.py`` and ``resource_stem.py``), and their signature from Triton's own binder. ``--check`` compiles every
-pair whose sources or arguments changed since the table was written, by their hash, and about one in
-ten of the others. No pair may spill registers or take more shared memory than a block can have.
+(``resource_launch.py``; cases in ``resource_cases.py`` and ``resource_stem.py``), and their
+signature from Triton's own binder. ``--check`` compiles every pair whose sources or arguments
+changed since the table was written, by their hash, and about one in ten of the others. No pair may
+spill registers or take more shared memory than a block can have.
 
 Times in the tables are predicted, not measured (``resource_model.py``).
 """

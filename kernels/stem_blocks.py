@@ -118,31 +118,36 @@ def activated(tiles, scales, shifts, m_row):
 
 
 @triton.jit
-def affine(p_gamma, p_beta, p_mean, p_variance, o_c, eps, C: tl.constexpr):
-    """A batch norm as x scale + shift, for the channels ``o_c``, in float32."""
-    m_c = o_c < C
-    b_variance = tl.load(p_variance + o_c, mask=m_c, other=1.0).to(tl.float32)
-    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_gamma = tl.load(p_gamma + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_beta = tl.load(p_beta + o_c, mask=m_c, other=0.0).to(tl.float32)
+def scale_and_shift(p_gamma, p_beta, b_mean, b_variance, o_c, eps, C: tl.constexpr):
+    """A batch norm with these statistics as x scale + shift, for the channels ``o_c``."""
+    b_gamma = tl.load(p_gamma + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    b_beta = tl.load(p_beta + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     b_scale = b_gamma / tl.sqrt(b_variance + eps)
     return b_scale, b_beta - b_mean * b_scale
 
 
 @triton.jit
-def add_taps(
-    acc, b_x, p_w, tap, start_out, start, OUT: tl.constexpr, C: tl.constexpr,
+def affine(p_gamma, p_beta, p_mean, p_variance, o_c, eps, C: tl.constexpr):
+    """The same with statistics that lie in memory."""
+    b_mean = tl.load(p_mean + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    b_variance = tl.load(p_variance + o_c, mask=o_c < C, other=1.0).to(tl.float32)
+    return scale_and_shift(p_gamma, p_beta, b_mean, b_variance, o_c, eps, C)
+
+
+@triton.jit
+def add_products(
+    acc, b_x, p_w, start_out, start, OUT: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr,
     OUT_CHUNKS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):  # fmt: skip
-    """acc + x Wᵀ for what ``tap`` reads, channels from ``start`` on, and its weights (OUT, 3, 3, C)
-    of the output channels from ``start_out`` on.
+    """acc + x Wᵀ for channels of x from ``start`` on and the weights of the output channels from
+    ``start_out`` on, of which there are OUT, STEP numbers apart.
     """
     sums = ()
     for n in tl.static_range(len(OUT_CHUNKS)):
         # [OUT_CHUNKS[n], CHUNKS[c]]
         o_out = start_out + tl.arange(0, OUT_CHUNKS[n])
-        b_w = load_tap_weights(p_w, tap, o_out, start, OUT, C, CHUNKS, DOT_F32)
+        b_w = load_channels(p_w, o_out * STEP, o_out < OUT, start, C, CHUNKS, DOT_F32)
         b_s = acc[n]
         for c in tl.static_range(len(CHUNKS)):
             b_s = tl.dot(b_x[c], tl.trans(b_w[c]), b_s, input_precision=PRECISION)
@@ -152,14 +157,16 @@ def add_taps(
 
 
 @triton.jit
-def load_tap_weights(
-    p_w, tap, o_out, start, OUT: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+def add_taps(
+    acc, b_x, p_w, tap, start_out, start, OUT: tl.constexpr, C: tl.constexpr,
+    OUT_CHUNKS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):  # fmt: skip
-    """Weights of ``tap`` from (OUT, 3, 3, C) for the output channels ``o_out`` and the input
-    channels from ``start`` on: a tile [output channels, CHUNKS[c]] each.
-    """
-    return load_channels(p_w + tap * C, o_out * (9 * C), o_out < OUT, start, C, CHUNKS, DOT_F32)
+    """acc + x Wᵀ for what ``tap`` reads and its weights, of a convolution's (OUT, 3, 3, C)."""
+    return add_products(
+        acc, b_x, p_w + tap * C, start_out, start, OUT, 9 * C, C, OUT_CHUNKS, CHUNKS, PRECISION,
+        DOT_F32,
+    )  # fmt: skip
 
 
 @triton.jit
