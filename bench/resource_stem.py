@@ -13,6 +13,10 @@ from resource_launch import Fake, Launch, module, recorded
 KERNELS = {
     "stem_first": "stem_first",
     "stem_conv": "stem_conv",
+    "stem_pair": "stem_pair",
+    "stem_tokens": "stem_tokens",
+    "stem_statistics": "stem_statistics",
+    "stem_affine": "stem_statistics",
 }
 
 
@@ -74,7 +78,8 @@ def launches(arch: str, case: Case) -> dict[str, Launch]:
     """The launch of a case on an architecture, by the name of its kernel."""
     with recorded(KERNELS) as found:
         config = _LAUNCHES[case.kernel](arch, case)
-    ((kernel, grid, arguments),) = found
+    # Statistics of many tiles come by the same kernel twice.
+    kernel, grid, arguments = found[-1]
     assert kernel == case.kernel, f"{kernel} was launched for a case of {case.kernel}"
     return {kernel: Launch(kernel, grid, arguments, config)}
 
@@ -108,9 +113,14 @@ def _norm(case: Case, level: int) -> tuple[Fake, ...]:
     return (Fake((case.channels[level],), case.dtype),) * 4
 
 
+def _positions(case: Case, level: int) -> int:
+    B, _, H, W = _map(case, level).shape
+    return B * H * W
+
+
 def _partials(case: Case, level: int, config: Any) -> Fake:
-    B, C, H, W = _map(case, level).shape
-    return Fake((2, -(-B * H * W // config.rows), C), "float32")
+    tiles = -(-_positions(case, level) // config.rows)
+    return Fake((2, tiles, case.channels[level]), "float32")
 
 
 def _first(arch: str, case: Case) -> Any:
@@ -127,7 +137,7 @@ def _first(arch: str, case: Case) -> Any:
 
 def _conv(arch: str, case: Case) -> Any:
     config = module("stem_configs").conv(
-        arch, case.arithmetic, *case.channels, activates=case.training
+        arch, case.arithmetic, _positions(case, 1), *case.channels, activates=case.training
     )
     norm, affine, partials = _norm(case, 1), None, None
     if case.training:
@@ -140,5 +150,49 @@ def _conv(arch: str, case: Case) -> Any:
     return config
 
 
+def _pair(arch: str, case: Case) -> Any:
+    config = module("stem_configs").pair(arch, case.arithmetic, *case.channels)
+    module("stem_pair").stem_pair(
+        _images(case), (_weight(case, 1), _weight(case, 2)), (_norm(case, 1), _norm(case, 2)),
+        1e-5, _map(case, 2), _pixels(case), case.strides, case.multiplication, config,
+    )  # fmt: skip
+    return config
+
+
+def _tokens(arch: str, case: Case) -> Any:
+    config = module("stem_configs").tokens(
+        arch, case.arithmetic, _positions(case, 0), *case.channels, activates=case.training
+    )
+    affine = Fake((2, case.channels[0]), "float32") if case.training else None
+    (height, width), out = case.size, case.channels[1]
+    tokens = Fake((case.images, height * width + 1, out), case.dtype)
+    position, first = (Fake((1, count, out), case.dtype) for count in (height * width + 1, 1))
+    module("stem_tokens").stem_tokens(
+        _map(case, 0), _weight(case, 1, 1), Fake((out,), case.dtype), affine, position, first,
+        tokens, case.multiplication, config,
+    )  # fmt: skip
+    return config
+
+
+def _statistics(arch: str, case: Case) -> Any:
+    made, total = module("stem_statistics"), case.images * case.size[0] * case.size[1]
+    _, C, _, _ = _map(case, 0).shape
+    norm = _norm(case, 0)
+    statistics = Fake((C,), "float32")
+    if case.kernel == "stem_affine":
+        made.stem_affine(*norm[:2], statistics, statistics, 1e-5)
+    else:
+        parts = Fake((2, -(-total // 64), C), "float32")
+        made.stem_statistics(parts, 64, total, *norm[:2], 1e-5, statistics, statistics)
+    return module("configs").Config()
+
+
 #: By kernel: launches it for a case on an architecture and returns its configuration.
-_LAUNCHES: dict[str, Callable[[str, Case], Any]] = {"stem_first": _first, "stem_conv": _conv}
+_LAUNCHES: dict[str, Callable[[str, Case], Any]] = {
+    "stem_first": _first,
+    "stem_conv": _conv,
+    "stem_pair": _pair,
+    "stem_tokens": _tokens,
+    "stem_statistics": _statistics,
+    "stem_affine": _statistics,
+}

@@ -26,6 +26,18 @@ def image_scale(mean, std):
     return factors, tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
+def within_reach(x, rows):
+    """Whether 32 bits hold the offsets between any two of ``rows`` images x (B, C, H, W)."""
+    sides = (min(rows, x.shape[0]), *x.shape[1:])
+    return sum(side * stride for side, stride in zip(sides, x.stride(), strict=True)) < 2**31
+
+
+@triton.jit
+def first_image(i_tile, H, W, ROWS: tl.constexpr):
+    """The image of the first position of tile ``i_tile``, see :func:`places`."""
+    return i_tile.to(tl.int64) * ROWS // (H * W)
+
+
 @triton.jit
 def places(i_tile, B, H, W, ROWS: tl.constexpr):
     """The positions of tile ``i_tile`` of maps (B, H, W): image, row, column and whether they are
@@ -192,14 +204,15 @@ def of_channels(numbers, C: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def load_image_taps(
-    p_x, o_b, o_y, o_x, m_y, strides, H, W, factors, shifts, columns,
+    p_x, i_b, o_b, o_y, o_x, m_y, strides, H, W, factors, shifts, columns,
     DTYPE: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):  # fmt: skip
     """The 9 C values [ROWS, K] that the first convolution reads of images (B, C, H, W) for its
     outputs at (o_y, o_x): uint8 normalised and rounded to ``DTYPE``, zero outside.
 
-    ``strides`` are those of the images, ``columns`` what :func:`image_columns` gave for them.
+    ``strides`` are those of the images, ``columns`` what :func:`image_columns` gave for them, and
+    ``i_b`` is the first image: from there on offsets are short (:func:`within_reach`).
     """
     o_column, o_kh, o_kw = columns
     o_top = o_y * STRIDE - 1
@@ -209,8 +222,9 @@ def load_image_taps(
     o_w = o_left[:, None] + o_kw[None, :]
     m_x = m_y[:, None] & (o_h >= 0) & (o_h < H) & (o_w >= 0) & (o_w < W)
     m_x = m_x & (tl.arange(0, K) < 9 * C)[None, :]
-    o_row = o_b * strides[0] + o_top.to(tl.int64) * strides[2] + o_left.to(tl.int64) * strides[3]
-    b_x = tl.load(p_x + (o_row[:, None] + o_column[None, :]), mask=m_x, other=0)
+    o_row = (o_b - i_b).to(tl.int32) * strides[0] + o_top * strides[2] + o_left * strides[3]
+    p_b = p_x + i_b * strides[0]
+    b_x = tl.load(p_b + (o_row[:, None] + o_column[None, :]), mask=m_x, other=0)
     if p_x.dtype.element_ty == tl.uint8:
         b_factor = of_channels(factors, C, K)
         b_shift = of_channels(shifts, C, K)

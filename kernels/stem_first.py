@@ -9,6 +9,7 @@ import triton.language as tl
 from .blocks import INTERPRETED
 from .stem_blocks import (
     finish_layer,
+    first_image,
     image_columns,
     image_scale,
     load_image_taps,
@@ -55,10 +56,11 @@ def stem_first_kernel(
     i_tile = tl.program_id(0) // OUT_BLOCKS
     start_out = tl.program_id(0) % OUT_BLOCKS * OUT_BLOCK
     o_b, o_y, o_x, m_y = places(i_tile, B, OH, OW, ROWS)
+    i_b = first_image(i_tile, OH, OW, ROWS)
     # [ROWS, K]
     columns = image_columns(x_strides, K)
     b_x = load_image_taps(
-        x, o_b, o_y, o_x, m_y, x_strides, H, W, factors, shifts, columns,
+        x, i_b, o_b, o_y, o_x, m_y, x_strides, H, W, factors, shifts, columns,
         weight.dtype.element_ty, C, STRIDE, K, DOT_F32,
     )  # fmt: skip
     acc = ()

@@ -13,6 +13,7 @@ from .stem_blocks import (
     add_taps,
     affine,
     finish_layer,
+    first_image,
     image_columns,
     image_scale,
     load_image_taps,
@@ -66,6 +67,7 @@ def stem_pair_kernel(
     """
     i_tile = tl.program_id(0)
     o_b, o_y, o_x, m_y = places(i_tile, B, OH, OW, ROWS)
+    i_b = first_image(i_tile, OH, OW, ROWS)
     columns = image_columns(x_strides, K)
     weights = ()
     scales = ()
@@ -84,7 +86,7 @@ def stem_pair_kernel(
         # Where the second convolution reads the first's map.
         o_h, o_w, m_h = tap_reads(o_y, o_x, m_y, tap, H1, W1, STRIDE2)
         b_x = load_image_taps(
-            x, o_b, o_h, o_w, m_h, x_strides, H, W, factors, shifts, columns,
+            x, i_b, o_b, o_h, o_w, m_h, x_strides, H, W, factors, shifts, columns,
             weight1.dtype.element_ty, C, STRIDE1, K, DOT_F32,
         )  # fmt: skip
         tiles = ()
