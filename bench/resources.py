@@ -252,15 +252,19 @@ def faults(row: Row) -> list[str]:
         found.append(
             f"{name}: spills, {row['registers']} registers, {row['stack']} bytes of stack, "
             f"{row['spills']} instructions ({row['config']}, {row['warps']} warps); choose a "
-            "smaller tile or more warps in kernels/configs.py"
+            f"smaller tile or more warps in kernels/{_configs(row)}"
         )
     limit = model.LIMITS[row["arch"]].shared_block * 1024
     if row["shared"] > limit:
         found.append(
             f"{name}: {row['shared']} bytes of shared memory, a block may have {limit}; choose a "
-            "smaller tile or fewer stages in kernels/configs.py"
+            f"smaller tile or fewer stages in kernels/{_configs(row)}"
         )
     return found
+
+
+def _configs(row: Row) -> str:
+    return "stem_configs.py" if row["kernel"].startswith("stem_") else "configs.py"
 
 
 def read(path: Path) -> Rows:

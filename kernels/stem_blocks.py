@@ -265,14 +265,13 @@ def finish_layer(
         if p_gamma is not None:
             b_scale, b_shift = affine(p_gamma, p_beta, p_mean, p_variance, o_out, eps, OUT)
             b_y = rectified(b_y * b_scale[None, :] + b_shift[None, :])
-        b_y = b_y.to(p_out.dtype.element_ty)
         m_out = m_y[:, None] & (o_out < OUT)[None, :]
-        tl.store(p_out + (o_row[:, None] + o_out[None, :]), b_y, mask=m_out)
+        p_y = p_out + (o_row[:, None] + o_out[None, :])
+        tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_out)
         if p_partials is not None:
-            # Of what was stored, which is what is normalised.
-            b_r = tl.where(m_y[:, None], b_y.to(tl.float32), 0.0)
-            b_mean = tl.sum(b_r, 0) / tl.sum(m_y.to(tl.float32), 0)
-            b_d = tl.where(m_y[:, None], b_r - b_mean[None, :], 0.0)
+            # Of the sums before they are rounded. Rows that are no positions read zeros.
+            b_mean = tl.sum(b_y, 0) / tl.sum(m_y.to(tl.float32), 0)
+            b_d = tl.where(m_y[:, None], b_y - b_mean[None, :], 0.0)
             p_p = p_partials + i_tile.to(tl.int64) * OUT + o_out
             tl.store(p_p, b_mean, mask=o_out < OUT)
             tl.store(p_p + tiles.to(tl.int64) * OUT, tl.sum(b_d * b_d, 0), mask=o_out < OUT)

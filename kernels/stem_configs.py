@@ -38,7 +38,8 @@ def forward(p: Problem) -> tuple[tuple[str, Config], ...]:
     else:
         found.append(("stem_first", first(p.arch, p.arithmetic, channels[0])))
     for i in range(1 if paired is None else 2, len(channels)):
-        config = conv(p.arch, p.arithmetic, p.positions[i], *channels[i - 1 : i + 1], p.keeps)
+        before, after = channels[i - 1 : i + 1]
+        config = conv(p.arch, p.arithmetic, p.positions[i], before, after, p.keeps)
         found.append(("stem_conv", config))
     last = tokens(p.arch, p.arithmetic, p.positions[-1], channels[-1], width, p.keeps)
     return *found, ("stem_tokens", last)
@@ -57,13 +58,14 @@ def pair(arch: str, arithmetic: str, images: int, channels: int, out: int) -> Co
         return None
     # Nine taps of four channels are more than a tile of 32.
     wide = images * 9 > 32
-    if channels <= 32 and out <= 64:
-        return Config(rows=64, keys=_pieces(out), channels=_pieces(channels), stages=2)
+    if channels <= 32 and out <= 64 and not wide:
+        # A piece of 16 channels would spread the wide tile of an image's taps over few threads.
+        return Config(rows=64, keys=_pieces(out), channels=(32,), stages=2)
     if channels <= 48 and out <= 96 and not wide:
         keys, pieces = _pieces(out), _pieces(channels)
         return Config(rows=128, keys=keys, channels=pieces, warps=8, stages=2)
     if wide or arch not in _FROM_SHARED_MEMORY:
-        keys, pieces = (_power(out),), (_power(channels),)
+        keys, pieces = (_power(out),), (max(32, _power(channels)),)
         return Config(rows=64, keys=keys, channels=pieces, warps=8, stages=2)
     # Halves of the first's channels are in registers one after the other.
     return Config(rows=128, keys=(64, 64), channels=(32, 32), warps=8, stages=2)
@@ -90,7 +92,7 @@ def _product(
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(16,), warps=8, stages=2)
     if arithmetic == "tf32":
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(32,), stages=3)
-    sizes = (128, 96, 64, 32)
+    sizes: tuple[int, ...] = (128, 96, 64, 32)
     if arch in _FROM_SHARED_MEMORY:
         sizes = (256, 192, *sizes) if arch == "sm_90" else (192, *sizes)
     keys, steps = _blocks(out, sizes), _steps(arch, channels, activates)

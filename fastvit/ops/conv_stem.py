@@ -81,9 +81,9 @@ def _conv_stem_forward(x: Tensor, proj_weight: Tensor, *args: Any) -> Forward:
         from fastvit.ops.conv_stem_trust import trusted_plan
 
         training, *_, save = arguments[9:]
-        plan = trusted_plan(x, proj_weight, stages, training or save, backend)
+        plan = trusted_plan(x, proj_weight, stages, training, save, backend)
         if plan is not None:
-            return conv_stem_triton.forward(*inputs, plan)
+            return conv_stem_triton.forward(plan, *inputs)
     return conv_stem_torch.forward(*inputs)
 
 

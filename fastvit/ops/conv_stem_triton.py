@@ -48,6 +48,7 @@ def plan(x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool) -> Plan:
 
 
 def forward(
+    plan: Plan,
     x: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
@@ -59,9 +60,8 @@ def forward(
     mean: Floats,
     std: Floats,
     save: bool,
-    plan: Plan,
 ) -> Forward:
-    """The op's forward."""
+    """The op's forward by the kernels of ``plan``."""
     if x.shape[0] == 0:
         # Nothing to launch; what there is to say of no values, PyTorch says.
         return conv_stem_torch.forward(

@@ -8,7 +8,7 @@ PyTorch's operators, on the processor in float64 and in the call's dtype.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastvit.ops import conv_stem_torch, conv_stem_triton, trust
 from fastvit.ops.conv_stem_torch import Forward, Stages
 from fastvit.ops.conv_stem_triton import Plan
 from fastvit.ops.trust import Candidate, source_hash
+from fastvit.reference import stage_grids
 from fastvit.testing import Agreement, agreement
 
 #: Odd sides, and several tiles of every map.
@@ -36,22 +37,22 @@ _settled: dict[tuple[Any, ...], Plan] = {}
 
 
 def trusted_plan(
-    x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool, asked: str
+    x: Tensor, proj_weight: Tensor, stages: Stages, training: bool, save: bool, asked: str
 ) -> Plan | None:
-    """The kernels to run for images x, or None if they are not trusted. ``keeps`` as in
-    :func:`conv_stem_triton.plan`.
+    """The kernels to run for images x, or None if they are not trusted.
 
     Raises:
         RuntimeError: they failed their check, and were ``asked`` for by name.
     """
-    plan = conv_stem_triton.plan(x, proj_weight, stages, keeps)
+    plan = conv_stem_triton.plan(x, proj_weight, stages, training or save)
     if not trust.needs_proof(x.device):
         return plan
     widths = (x.shape[1], *(w.shape[0] for w in stages.weights), proj_weight.shape[0])
     strides, dtype, raw = tuple(stages.strides), proj_weight.dtype, x.dtype == torch.uint8
-    call = (trust.generation(), x.device, dtype, raw, widths, strides, keeps, plan)
+    mode = "train" if training else "keep" if save else "infer"
+    call = (trust.generation(), x.device, dtype, raw, widths, strides, mode, plan)
     if call not in _settled:
-        candidate = _candidate(plan, x.device, dtype, raw, widths, strides, keeps)
+        candidate = _candidate(plan, x.device, dtype, raw, widths, strides, mode)
         if not trust.trusts(candidate, asked):
             return None
         if trust.is_known(candidate):
@@ -66,7 +67,7 @@ def _candidate(
     raw: bool,
     widths: tuple[int, ...],
     strides: tuple[int, ...],
-    keeps: bool,
+    mode: str,
 ) -> Candidate:
     capability = "interpreter"
     if not INTERPRETED:
@@ -79,12 +80,11 @@ def _candidate(
         f"{kernel}{tuple(config)}".replace(" ", "") for kernel, config in plan.kernels
     )
     version = ".".join(triton.__version__.split(".")[:2])
-    mode = "keeps" if keeps else "infers"
     key = (
         f"conv_stem/forward/{arithmetic}/{images}/{mode}/{size}/{launch}/{_hash()}/"
         f"{capability}/{version}"
     )
-    check = functools.partial(_check, plan, device, dtype, raw, widths, strides, keeps)
+    check = functools.partial(_check, plan, device, dtype, raw, widths, strides, mode)
     return Candidate(key, check)
 
 
@@ -110,25 +110,25 @@ def _drawn(
     x = draw(*shape)
     if raw:
         x = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    lists: list[list[Tensor]] = [[], [], [], [], []]
-    for before, after in zip(widths, channels, strict=False):
-        drawn = (
-            draw(after, before, 3, 3) * (9 * before) ** -0.5,
-            1 + 0.3 * draw(after),
-            draw(after),
-            0.3 * draw(after),
-            0.5 + draw(after).square(),
-        )
-        for tensors, tensor in zip(lists, drawn, strict=True):
-            tensors.append(tensor)
-    rows, columns = conv_stem_torch.stage_grids(_SIDES, strides)[-1]
+    stages = Stages(
+        [
+            draw(after, before, 3, 3) * (9 * before) ** -0.5
+            for before, after in zip(widths, channels, strict=False)
+        ],
+        [1 + 0.3 * draw(c) for c in channels],
+        [draw(c) for c in channels],
+        [0.3 * draw(c) for c in channels],
+        [0.5 + draw(c).square() for c in channels],
+        strides,
+    )
+    rows, columns = stage_grids(_SIDES, strides)[-1]
     tokens = [
         draw(D, channels[-1], 1, 1) * channels[-1] ** -0.5,
         draw(D),
         draw(1, rows * columns + 1, D),
         draw(1, 1, D),
     ]
-    return x, tokens, Stages(*lists, strides)
+    return x, tokens, stages
 
 
 def _check(
@@ -138,47 +138,50 @@ def _check(
     raw: bool,
     widths: tuple[int, ...],
     strides: tuple[int, ...],
-    keeps: bool,
+    mode: str,
 ) -> Iterator[Agreement]:
     x, tokens, stages = _drawn(raw, widths, strides)
     images = widths[0]
     pixels = (_MEAN[:images], _STD[:images]) if raw else (None, None)
 
-    def run(forward: Any, dtype: torch.dtype, device: torch.device, *plan: Plan) -> Forward:
+    def run(forward: Callable[..., Forward], device: torch.device, wide: torch.dtype) -> Forward:
+        """In ``wide``, of what the call's dtype holds."""
+
         def moved(t: Tensor) -> Tensor:
-            rounded = t.to(given) if t.is_floating_point() else t
-            return rounded.to(device, dtype if t.is_floating_point() else t.dtype)
+            return t.to(dtype).to(device, wide) if t.is_floating_point() else t.to(device)
 
-        lists = [[moved(t) for t in tensors] for tensors in stages[:5]]
-        here = Stages(*lists, strides)
-        arguments = (moved(x), *map(moved, tokens), here, keeps, _EPS, *pixels, keeps)
-        return forward(*arguments, *plan)
+        weights, gammas, betas, means, variances = (
+            [moved(t) for t in tensors] for tensors in stages[:5]
+        )
+        here = Stages(weights, gammas, betas, means, variances, strides)
+        options = (mode == "train", _EPS, *pixels, mode != "infer")
+        return forward(moved(x), *map(moved, tokens), here, *options)
 
-    given, cpu = dtype, torch.device("cpu")
-    found = run(conv_stem_triton.forward, dtype, device, plan)
-    reference = run(conv_stem_torch.forward, dtype, cpu)
-    expected = run(conv_stem_torch.forward, torch.float64, cpu)
-    yield from _compared("tokens", found.tokens, reference.tokens, expected.tokens, plan)
+    cpu = torch.device("cpu")
+    found = run(functools.partial(conv_stem_triton.forward, plan), device, dtype)
+    reference = run(conv_stem_torch.forward, cpu, dtype)
+    expected = run(conv_stem_torch.forward, cpu, torch.float64)
+    results = (found, reference, expected)
+    yield from _compared("tokens", *(result.tokens for result in results), plan=plan)
     for name in ("raw", "means", "variances"):
-        columns = (getattr(result, name) for result in (found, reference, expected))
-        for i, tensors in enumerate(zip(*columns, strict=True)):
-            yield from _compared(f"{name}[{i}]", *tensors, plan)
-    if keeps:
+        for i, tensors in enumerate(zip(*(getattr(r, name) for r in results), strict=True)):
+            yield from _compared(f"{name}[{i}]", *tensors, plan=plan)
+    if mode == "train":
         yield from _check_of_many_tiles(device)
 
 
-def _compared(
-    name: str, actual: Tensor, reference: Tensor, expected: Tensor, plan: Plan
-) -> Iterator[Agreement]:
-    """The rule for root mean squares, and for maxima with the room that chance needs."""
+def _compared(name: str, *tensors: Tensor, plan: Plan) -> Iterator[Agreement]:
+    """The rule for root mean squares, and for maxima with the room that chance needs; of what was
+    found, PyTorch's in the same dtype and float64's.
+    """
+    actual, reference, expected = tensors
     floor = 0.0
     if reference.dtype == torch.float32 and plan.precision == "tf32":
         # The processor has no tf32 to compare with: four of its units in the last place.
         floor = 4 * 2.0**-10
-    tensors = (actual.cpu(), reference, expected)
-    yield agreement(*tensors, name=f"rms {name}", floor=floor, rms=True)
-    room = 8 * torch.finfo(reference.dtype).eps
-    yield agreement(*tensors, name=name, floor=max(floor, room))
+    actual, room = actual.cpu(), max(floor, 8 * torch.finfo(reference.dtype).eps)
+    yield agreement(actual, reference, expected, name=f"rms {name}", floor=floor, rms=True)
+    yield agreement(actual, reference, expected, name=name, floor=room)
 
 
 def _check_of_many_tiles(device: torch.device) -> Iterator[Agreement]:
