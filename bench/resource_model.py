@@ -62,7 +62,7 @@ RESERVED_SHARED = 1024
 EXPONENTIALS_PER_CLOCK = 16
 SYNCHRONOUS_SHARE = 0.62
 
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int64": 8}
+_SIZES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int64": 8}
 
 
 class Work(NamedTuple):
@@ -93,6 +93,8 @@ def blocks_per_multiprocessor(
 
 def work(kernel: str, arguments: dict[str, Any]) -> Work:
     """Of a launch, from what the kernel was given; tensors have ``shape`` and ``dtype``."""
+    if kernel.startswith("stem_"):
+        return _stem(kernel, arguments)
     if kernel in ("position_table", "position_factors", "parameter_gradient"):
         return _small(kernel, arguments)
     if kernel in ("kronecker", "factor_gradient"):
@@ -152,6 +154,27 @@ def _factored(kernel: str, arguments: dict[str, Any]) -> Work:
     # One product with each factor, and two for the gradient of each.
     products = (1 if kernel == "kronecker" else 2) * (arguments["TILE_Y"] + arguments["TILE_X"])
     return Work(moved, tiles * products * 2 * block * block * channels, 0)
+
+
+def _stem(kernel: str, arguments: dict[str, Any]) -> Work:
+    moved = sum(_size(x) for x in arguments.values() if hasattr(x, "shape"))
+    if kernel in ("stem_statistics", "stem_affine"):
+        return Work(moved, 0, 0)
+    tokens = kernel == "stem_tokens"
+    positions = arguments["B"] * (arguments["N"] if tokens else arguments["OH"] * arguments["OW"])
+    positions = -(-positions // arguments["ROWS"]) * arguments["ROWS"]
+    block = sum(arguments["OUT_CHUNKS"])
+    out = -(-arguments["OUT"] // block) * block
+    if kernel == "stem_first":
+        products = arguments["K"] * out
+    elif kernel == "stem_pair":
+        # The first layer again at every tap of the second.
+        between = sum(arguments["C1_CHUNKS"])
+        products = 9 * between * (arguments["K"] + out)
+    else:
+        step = arguments["C_BLOCK"]
+        products = (1 if tokens else 9) * -(-arguments["C"] // step) * step * out
+    return Work(moved, 2 * positions * products, 0)
 
 
 def _small(kernel: str, arguments: dict[str, Any]) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from resource_cases import ARCHITECTURES
+from resource_launch import ARCHITECTURES
 from resource_model import LIMITS
 
 _HEAD = """# What the Triton kernels take
@@ -19,9 +19,11 @@ which are zero, have no column.
 
 - **case**: dtype (float32 as its arithmetic, tf32 or ieee), batch B, heads H, sides of the grid or
   number of tokens N of plain attention, channels d of a head. The arrow says forward (→) or
-  backward (←).
+  backward (←). Of the stem: sides of what the kernel reads, channels c from its input to its
+  output, strides s; uint8 images; train where it keeps sums and their statistics.
 - **tiles**: queries x keys of a tile (a sum is a row in several tiles), channels d in pieces,
-  stages s of the pipeline; resident where one block does a whole head.
+  stages s of the pipeline; resident where one block does a whole head. Of the stem: positions x
+  output channels, input channels d.
 - **warps** of a block; **registers** of a thread, of 255; **shared**: shared memory of a block,
   KiB; **tmem**: columns of tensor memory, of 512.
 - **blocks**: how many fit on a multiprocessor at once.

@@ -7,9 +7,10 @@ Triton. Neither a GPU nor torch is needed: ``pip install triton`` is all.
     python bench/resources.py --check   compare with the table, exit 1 on a difference
 
 What is compiled is what is launched: the arguments come from the functions that launch the kernels
-(``resource_cases.py``), and their signature from Triton's own binder. ``--check`` compiles every
-pair whose sources or arguments changed since the table was written, by their hash, and about one in
-ten of the others. No pair may spill registers or take more shared memory than a block can have.
+(``resource_launch.py``; cases in ``resource_cases.py`` and ``resource_stem.py``), and their
+signature from Triton's own binder. ``--check`` compiles every pair whose sources or arguments
+changed since the table was written, by their hash, and about one in ten of the others. No pair may
+spill registers or take more shared memory than a block can have.
 
 Times in the tables are predicted, not measured (``resource_model.py``).
 """
@@ -37,15 +38,23 @@ if multiprocessing.parent_process() is None:
     _cache = tempfile.TemporaryDirectory(prefix="fastvit-resources-")
     os.environ["TRITON_CACHE_DIR"] = _cache.name
 
-import resource_cases as cases
+import resource_cases
 import resource_model as model
+import resource_stem
 import triton
+from resource_launch import ARCHITECTURES, ROOT, Launch, kernel_object
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-TABLES = cases.ROOT / "bench" / "results" / "resources"
+TABLES = ROOT / "bench" / "results" / "resources"
 VERSION = ".".join(triton.__version__.split(".")[:2])
+
+Case = resource_cases.Case | resource_stem.Case
+
+#: Where every kernel lies in ``kernels``.
+KERNELS = resource_cases.KERNELS | resource_stem.KERNELS
+CASES: tuple[Case, ...] = (*resource_cases.CASES, *resource_stem.CASES)
 
 #: Read from what was compiled; the other columns follow from these and the launch.
 COMPILED = ("registers", "stack", "spills", "shared", "tensor_columns", "instruction")
@@ -61,7 +70,7 @@ class Pair(NamedTuple):
     """A kernel, a case and an architecture whose choices for the case have the kernel."""
 
     arch: str
-    case: cases.Case
+    case: Case
     kernel: str
 
     @property
@@ -69,8 +78,8 @@ class Pair(NamedTuple):
         return f"{self.arch} | {self.kernel} | {self.case.direction} {self.case.name}"
 
     @property
-    def launch(self) -> cases.Launch:
-        return cases.launches(self.arch, self.case)[self.kernel]
+    def launch(self) -> Launch:
+        return launches(self.arch, self.case)[self.kernel]
 
 
 class Bound(NamedTuple):
@@ -83,19 +92,27 @@ class Bound(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
 
 
+def launches(arch: str, case: Case) -> dict[str, Launch]:
+    """The launches of a case on an architecture, by kernel, in their order."""
+    if isinstance(case, resource_stem.Case):
+        return resource_stem.launches(arch, case)
+    return resource_cases.launches(arch, case)
+
+
 def all_pairs(archs: list[str], kernels: list[str]) -> list[Pair]:
     """In the order of architectures, cases and kernels."""
     return [
         Pair(arch, case, kernel)
         for arch in archs
-        for kernel, case in cases.pairs()
-        if kernel in kernels and kernel in cases.launches(arch, case)
+        for case in CASES
+        for kernel in case.kernels
+        if kernel in kernels and kernel in launches(arch, case)
     ]
 
 
 def bind(pair: Pair) -> Bound:
     """What ``JITFunction.run`` does up to the compiler, for a device that need not be there."""
-    kernel = cases.kernel_object(pair.kernel)
+    kernel = kernel_object(pair.kernel, KERNELS[pair.kernel])
     target = GPUTarget("cuda", int(pair.arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -115,7 +132,7 @@ def _source(name: str) -> str:
     while queue:
         name = queue.pop()
         if name not in texts:
-            texts[name] = (cases.ROOT / "kernels" / f"{name}.py").read_text("utf-8")
+            texts[name] = (ROOT / "kernels" / f"{name}.py").read_text("utf-8")
             queue += re.findall(r"^from \.(\w+) import", texts[name], re.MULTILINE)
     return "".join(texts[name] for name in sorted(texts))
 
@@ -129,7 +146,7 @@ def hash_of(pair: Pair) -> str:
     # Triton's versions differ in whether they list arguments without attributes.
     attributes = sorted((path, repr(x)) for path, x in bound.attributes.items() if x)
     decides = (pair.arch, options, bound.signature, constants, attributes)
-    text = _source(cases.KERNELS[pair.kernel]) + repr(decides)
+    text = _source(KERNELS[pair.kernel]) + repr(decides)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -137,7 +154,7 @@ def compiled(pair: Pair) -> Row:
     """Registers of a thread, stack bytes, spill instructions, shared memory bytes, columns of
     tensor memory and the matrix instruction.
     """
-    kernel, bound = cases.kernel_object(pair.kernel), bind(pair)
+    kernel, bound = kernel_object(pair.kernel, KERNELS[pair.kernel]), bind(pair)
     source = ASTSource(kernel, bound.signature, bound.constants, bound.attributes)
     made = triton.compile(source, target=bound.target, options=bound.options)
     # The tools that Triton brings along.
@@ -235,15 +252,19 @@ def faults(row: Row) -> list[str]:
         found.append(
             f"{name}: spills, {row['registers']} registers, {row['stack']} bytes of stack, "
             f"{row['spills']} instructions ({row['config']}, {row['warps']} warps); choose a "
-            "smaller tile or more warps in kernels/configs.py"
+            f"smaller tile or more warps in kernels/{_configs(row)}"
         )
     limit = model.LIMITS[row["arch"]].shared_block * 1024
     if row["shared"] > limit:
         found.append(
             f"{name}: {row['shared']} bytes of shared memory, a block may have {limit}; choose a "
-            "smaller tile or fewer stages in kernels/configs.py"
+            f"smaller tile or fewer stages in kernels/{_configs(row)}"
         )
     return found
+
+
+def _configs(row: Row) -> str:
+    return "stem_configs.py" if row["kernel"].startswith("stem_") else "configs.py"
 
 
 def read(path: Path) -> Rows:
@@ -349,18 +370,16 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", action="store_true", help="compile and write the table")
     what.add_argument("--check", action="store_true", help="compare with the table")
-    parser.add_argument("--arch", action="append", choices=cases.ARCHITECTURES, help="only this")
-    parser.add_argument("--kernel", action="append", choices=list(cases.KERNELS), help="only this")
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this")
+    parser.add_argument("--kernel", action="append", choices=list(KERNELS), help="only this")
     parser.add_argument(
         "--changed", action="store_true", help="with --write, only pairs whose hash is another"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--table", type=Path, default=TABLES, help="folder of the tables")
     options = parser.parse_args()
-    everything = all_pairs(list(cases.ARCHITECTURES), list(cases.KERNELS))
-    pairs = all_pairs(
-        options.arch or list(cases.ARCHITECTURES), options.kernel or list(cases.KERNELS)
-    )
+    everything = all_pairs(list(ARCHITECTURES), list(KERNELS))
+    pairs = all_pairs(options.arch or list(ARCHITECTURES), options.kernel or list(KERNELS))
     pairs.sort(key=everything.index)
     path = options.table / f"triton-{VERSION}.json"
     if options.changed and path.exists():

@@ -388,9 +388,8 @@ def conv_stem(
     x, proj_weight, proj_bias = _cast(cast, x, proj_weight, proj_bias)
     stages = [stage._replace(weight=_cast(cast, stage.weight)[0]) for stage in stages]
     asked = requested(backend)
-    if choose(Call("conv_stem", x.device, proj_weight.dtype), asked) == "reference" or (
-        plain_ops_wanted()
-    ):
+    call = _conv_stem.call(x, [stage.weight for stage in stages], proj_weight)
+    if choose(call, asked) == "reference" or plain_ops_wanted():
         return _plain(
             reference.conv_stem, x, stages, proj_weight, proj_bias,
             training=training, momentum=momentum, eps=eps,

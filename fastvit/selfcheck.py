@@ -34,7 +34,7 @@ _CASES = {
     ),
     "mhsa": _Case(lambda name: MHSA(72, 3, qkv_bias=True, backend=name), (2, 17, 72)),
     "conv_stem": _Case(
-        lambda name: ConvStem(3, (7, 12), (2, 2), embed_dim=10, backend=name), (2, 3, 21, 19)
+        lambda name: ConvStem(3, (8, 24), (2, 2), embed_dim=40, backend=name), (2, 3, 21, 19)
     ),
     "patch_embed": _Case(
         lambda name: PatchEmbed((32, 24), (16, 8), 3, embed_dim=10, backend=name), (2, 3, 32, 24)

@@ -20,6 +20,8 @@ VERSIONS = ("3.6", "3.9")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 # KiB that a block may opt in to; written down here a second time on purpose.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+#: Kernels of the stem without products.
+STATISTICS = ("stem_statistics", "stem_affine")
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 
 pytestmark = pytest.mark.skipif(
@@ -44,6 +46,10 @@ model = load("resource_model")
 
 def table(version: str) -> list[dict]:
     return json.loads((TABLES / f"triton-{version}.json").read_text("utf-8"))["rows"]
+
+
+def is_stem(row: dict) -> bool:
+    return row["kernel"].startswith("stem_")
 
 
 def installed() -> str:
@@ -78,28 +84,45 @@ def test_nothing_spills(version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_half_precision_uses_the_matrix_units(version):
-    """Attention kernels use the instructions of Hopper and of data-centre Blackwell."""
+    """Attention's kernels and the stem's use the instructions of Hopper and of data-centre
+    Blackwell.
+    """
     seen = set()
     for row in table(version):
         half = row["case"].split()[0] in ("float16", "bfloat16")
-        attention = row["kernel"].startswith(("forward_", "backward_"))
-        if half and attention and row["arch"] in MATRIX:
+        multiplies = row["kernel"].startswith(("forward_", "backward_", "dropout_", "stem_"))
+        if half and multiplies and row["kernel"] not in STATISTICS and row["arch"] in MATRIX:
             assert MATRIX[row["arch"]] in row["instruction"], row
             seen.add(row["kernel"])
-    assert seen == {
+    assert seen >= {
         "forward_tile",
         "forward_stream",
         "backward_tile",
         "backward_query",
         "backward_key",
+        "dropout_forward",
+        "dropout_query",
+        "dropout_key",
+        "stem_pair",
+        "stem_first",
+        "stem_conv",
+        "stem_tokens",
     }
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tf32_uses_the_matrix_units_in_the_stem(version):
+    rows = [r for r in table(version) if is_stem(r) and r["case"].startswith("tf32")]
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    for row in rows:
+        assert MATRIX.get(row["arch"], "mma.sync") in row["instruction"], row
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cases_cover_what_is_supported(version, arch):
     """Dtypes, heads, numbers of tokens, plain attention and GPSA, on every architecture."""
-    rows = [row for row in table(version) if row["arch"] == arch]
+    rows = [row for row in table(version) if row["arch"] == arch and not is_stem(row)]
     words = [row["case"].split() for row in rows]
     assert {w[0] for w in words} == {"float16", "bfloat16", "tf32", "ieee"}
     assert {w[4] for w in words} == {f"d{d}" for d in (16, 40, 48, 64, 80, 112, 128)}
@@ -107,24 +130,42 @@ def test_cases_cover_what_is_supported(version, arch):
     assert {w[3] for w in words} == grids
     assert {"B1", "B256"} <= {w[1] for w in words}
     assert {row["direction"] for row in rows} == {"forward", "backward"}
+    assert any(case.endswith(" dropout") for case in (row["case"] for row in rows))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cases_cover_the_stem(version, arch):
+    """The published stems' layers by both strides, training and inference, uint8 and float."""
+    rows = [row for row in table(version) if row["arch"] == arch and is_stem(row)]
+    cases: dict[str, set[str]] = {}
+    for row in rows:
+        cases.setdefault(row["kernel"], set()).add(row["case"])
+    words = {w for found in cases.values() for case in found for w in case.split()}
+    assert {"float16", "bfloat16", "tf32", "ieee", "B1", "B256", "uint8", "train"} <= words
+    pairs = {w for case in cases["stem_pair"] for w in case.split()}
+    assert {"c3-24-48", "c3-48-96", "c3-64-128", "s2-2"} <= pairs
+    convolutions = {w for case in cases["stem_conv"] for w in case.split()}
+    assert {"c96-192", "c128-128", "c256-512", "s1", "s2"} <= convolutions
 
 
 def test_every_kernel_is_compiled_in_few_pairs():
-    """All ten kernels, both versions the same pairs, and no more than a check has time for."""
+    """All kernels, both versions the same pairs, and no more than a check has time for."""
     pairs = {
         version: {(r["kernel"], r["direction"], r["case"]) for r in table(version)}
         for version in VERSIONS
     }
     assert pairs["3.6"] == pairs["3.9"]
-    assert len(pairs["3.9"]) <= 48
+    stem = {pair for pair in pairs["3.9"] if pair[0].startswith("stem_")}
+    assert len(pairs["3.9"] - stem) <= 48
+    assert len(stem) <= 32
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")}
     launched = {kernel for kernel, _, _ in pairs["3.9"]}
     # Files of more than one kernel, and those without.
-    launched -= {"position_factors", "factor_gradient", "parameter_gradient"}
-    assert launched == kernels - {"__init__", "blocks", "configs", "position_gradient"}
-    assert {"position_factors", "factor_gradient", "parameter_gradient"} <= {
-        kernel for kernel, _, _ in pairs["3.9"]
-    }
+    several = {"position_factors", "factor_gradient", "parameter_gradient", "stem_affine"}
+    assert several <= launched
+    without = {"__init__", "blocks", "configs", "dropout", "stem_blocks", "stem_configs"}
+    assert launched - several == kernels - without - {"position_gradient"}
 
 
 def test_what_is_installed_compiles_to_the_table():
@@ -163,6 +204,29 @@ def test_check_reports_a_missing_row(tmp_path):
     done = tool(*arguments)
     assert done.returncode == 1
     assert "not in the table" in done.stderr
+
+
+def test_work_of_the_stem_by_hand():
+    """The first two layers of 4GF for two images of 30 x 22 pixels."""
+    arguments = {
+        "x": SimpleNamespace(shape=(2, 3, 30, 22), dtype="uint8"),
+        "weight1": SimpleNamespace(shape=(48, 3, 3, 3), dtype="bfloat16"),
+        "weight2": SimpleNamespace(shape=(96, 48, 3, 3), dtype="bfloat16"),
+        "out": SimpleNamespace(shape=(2, 96, 8, 6), dtype="bfloat16"),
+        "B": 2,
+        "OH": 8,
+        "OW": 6,
+        "OUT": 96,
+        "K": 32,
+        "ROWS": 64,
+        "OUT_CHUNKS": (64, 32),
+        "C1_CHUNKS": (32, 16),
+    }
+    work = model.work("stem_pair", arguments)
+    assert work.bytes == 2 * 3 * 30 * 22 + 2 * (48 * 27 + 96 * 48 * 9 + 2 * 96 * 8 * 6)
+    # Two tiles of 64 positions; at each of nine taps 27 values, padded to 32, become 48 channels.
+    assert work.flops == 2 * 128 * 9 * (32 * 48 + 48 * 96)
+    assert work.exponentials == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from fastvit.testing import Agreement
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fastvit.kernels import stem_statistics
 from fastvit.kernels.kronecker import padded
 
-from fastvit.ops import gpsa_triton, gpsa_trust
+from fastvit.ops import conv_stem_triton, conv_stem_trust, gpsa_triton, gpsa_trust
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter stands for a GPU here"
@@ -53,21 +55,23 @@ def run(inputs: list[Tensor], backend: str = "auto") -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
 
 
-def broken(name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def broken(
+    name: str, monkeypatch: pytest.MonkeyPatch, module: ModuleType = gpsa_triton
+) -> list[str]:
     """Make a launcher's kernel write numbers that are off by one in a hundred."""
-    launcher, calls = getattr(gpsa_triton, name), []
+    launcher, calls = getattr(module, name), []
 
     def launch(*args: object) -> object:
         found = launcher(*args)
         calls.append(name)
         for x in args:
-            # The results of both launchers that are broken here are the last tensors.
+            # The results of the launchers that are broken here are the last tensors.
             if isinstance(x, Tensor):
                 last = x
         last.mul_(1.01)
         return found
 
-    monkeypatch.setattr(gpsa_triton, name, launch)
+    monkeypatch.setattr(module, name, launch)
     return calls
 
 
@@ -240,3 +244,83 @@ def test_many_processes_share_a_cache(gpu: Path) -> None:
             assert set(json.loads(gpu.read_text())) <= {"op/0", "op/1"}
     assert [writer.returncode for writer in writers] == [0, 0]
     assert not list(gpu.parent.glob("*.tmp"))
+
+
+@pytest.fixture
+def small_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter has time for."""
+    monkeypatch.setattr(conv_stem_trust, "_SIDES", (9, 13))
+    monkeypatch.setattr(stem_statistics, "GROUP", 32)
+
+
+def stem(mode: str, backend: str = "auto", **options: object) -> fastvit.ConvStem:
+    torch.manual_seed(0)
+    layer = fastvit.ConvStem(3, (8, 16), (2, 2), 24, backend=backend, **options)
+    return layer.train(mode == "train").requires_grad_(mode != "infer")
+
+
+IMAGES = torch.linspace(0, 255, 2 * 3 * 9 * 13).view(2, 3, 9, 13)
+
+
+def test_the_stem_proves_itself(gpu: Path, small_checks: None) -> None:
+    for mode in ("infer", "keep", "train"):
+        stem(mode)(IMAGES)
+    stem("infer")(IMAGES.to(torch.uint8))
+    stem("infer").half()(IMAGES.half())
+    keys = list(trust.verified_here())
+    assert [key.split("/")[:6] for key in keys] == [
+        ["conv_stem", "forward", "float32,ieee", "float", "infer", "c=3-8-16-24,s=2-2"],
+        ["conv_stem", "forward", "float32,ieee", "float", "keep", "c=3-8-16-24,s=2-2"],
+        ["conv_stem", "forward", "float32,ieee", "float", "train", "c=3-8-16-24,s=2-2"],
+        ["conv_stem", "forward", "float32,ieee", "uint8", "infer", "c=3-8-16-24,s=2-2"],
+        ["conv_stem", "forward", "float16", "float", "infer", "c=3-8-16-24,s=2-2"],
+    ]
+    assert set(trust.verified_here().values()) == {""}
+    # Neither other images nor other parameters are another specialisation.
+    for mode in ("infer", "keep", "train"):
+        stem(mode, norm_eps=1e-3)(IMAGES.repeat(2, 1, 1, 2))
+    assert list(trust.verified_here()) == keys
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mode"),
+    [
+        ("stem_first", "infer"),
+        ("stem_conv", "keep"),
+        ("stem_conv", "train"),
+        ("stem_statistics", "train"),
+        ("stem_tokens", "infer"),
+    ],
+)
+def test_a_broken_kernel_of_the_stem_is_caught(
+    kernel: str, mode: str, gpu: Path, small_checks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = broken(kernel, monkeypatch, conv_stem_triton)
+    with pytest.warns(RuntimeWarning, match=rf"conv_stem/forward/.*/{mode}/.* DISAGREES: error "):
+        found = stem(mode)(IMAGES)
+    checked = len(calls)
+    assert checked
+    torch.testing.assert_close(found, stem(mode, "torch")(IMAGES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stem(mode)(IMAGES)
+    assert len(calls) == checked, "the broken kernel was launched after its check"
+    with pytest.raises(RuntimeError, match="'triton' was asked for, but its kernel failed"):
+        stem(mode, "triton")(IMAGES)
+
+
+def test_a_fault_in_the_second_step_of_statistics_is_caught(
+    gpu: Path, small_checks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small images have too few tiles for it."""
+    combine = stem_statistics.stem_statistics
+
+    def launch(partials: Tensor, *args: object) -> object:
+        found = combine(partials, *args)
+        if partials.shape[1] > stem_statistics.GROUP:
+            args[-1].mul_(1.01)
+        return found
+
+    monkeypatch.setattr(stem_statistics, "stem_statistics", launch)
+    with pytest.warns(RuntimeWarning, match="variance of many tiles DISAGREES"):
+        stem("train")(IMAGES)

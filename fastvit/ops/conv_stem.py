@@ -25,8 +25,11 @@ from fastvit.ops.library import (
 from fastvit.ops.tokens import wide
 from fastvit.reference import stage_grids
 
-_FORWARD: dict[str, Callable[..., Forward]] = {"torch": conv_stem_torch.forward}
-_BACKWARD: dict[str, Callable[..., list[Tensor]]] = {"torch": conv_stem_torch.backward}
+# What is saved does not depend on the choice.
+_BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
+    "torch": conv_stem_torch.backward,
+    "triton": conv_stem_torch.backward,
+}
 
 _STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
 _STAGES = (
@@ -42,6 +45,12 @@ def stage_shapes(
     """Shapes (B, C, H, W) of what the convolutions give."""
     grids = stage_grids(x.shape[-2:], strides)
     return [(x.shape[0], w.shape[0], *grid) for w, grid in zip(weights, grids, strict=True)]
+
+
+def call(x: Tensor, weights: Tensors, proj_weight: Tensor) -> Call:
+    """What the choice of an implementation depends on."""
+    widths = (x.shape[1], *(w.shape[0] for w in weights), proj_weight.shape[0])
+    return Call("conv_stem", x.device, proj_weight.dtype, widths=widths)
 
 
 def _fake_forward(
@@ -65,8 +74,17 @@ def _fake_forward(
 def _conv_stem_forward(x: Tensor, proj_weight: Tensor, *args: Any) -> Forward:
     *arguments, backend = args
     stages = Stages(*arguments[3:9])
-    implementation = _FORWARD[choose(Call("conv_stem", x.device, proj_weight.dtype), backend)]
-    return implementation(x, proj_weight, *arguments[:3], stages, *arguments[9:])
+    inputs = (x, proj_weight, *arguments[:3], stages, *arguments[9:])
+    if choose(call(x, stages.weights, proj_weight), backend) == "triton":
+        # Only here, since importing Triton takes time.
+        from fastvit.ops import conv_stem_triton
+        from fastvit.ops.conv_stem_trust import trusted_plan
+
+        training, *_, save = arguments[9:]
+        plan = trusted_plan(x, proj_weight, stages, training, save, backend)
+        if plan is not None:
+            return conv_stem_triton.forward(plan, *inputs)
+    return conv_stem_torch.forward(*inputs)
 
 
 def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
@@ -84,7 +102,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
 def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any) -> Any:
     *arguments, backend = args
     stages = Stages(*arguments[4:10])
-    implementation = _BACKWARD[choose(Call("conv_stem", x.device, proj_weight.dtype), backend)]
+    implementation = _BACKWARD[choose(call(x, stages.weights, proj_weight), backend)]
     return implementation(grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
 
 

@@ -116,7 +116,8 @@ def _small(N: int, grid_size: Grid | None) -> tuple[int, Grid | None]:
 def _hash() -> str:
     folder = Path(fastvit.kernels.__file__).parent
     own = [__file__, gpsa_triton.__file__, gpsa_dropout_triton.__file__, testing.__file__]
-    return source_hash(*folder.glob("*.py"), *map(Path, own))
+    kernels = (file for file in folder.glob("*.py") if not file.name.startswith("stem_"))
+    return source_hash(*kernels, *map(Path, own))
 
 
 def _inputs(dtype: torch.dtype, tokens: int, channels: int, gated: bool) -> list[Tensor]:

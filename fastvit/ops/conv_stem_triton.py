@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutional stem by the Triton kernels: which of them run, and on which memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels import stem_configs
+from fastvit.kernels.configs import Config
+from fastvit.kernels.stem_blocks import within_reach
+from fastvit.kernels.stem_conv import stem_conv
+from fastvit.kernels.stem_first import stem_first
+from fastvit.kernels.stem_pair import stem_pair
+from fastvit.kernels.stem_statistics import stem_affine, stem_statistics
+from fastvit.kernels.stem_tokens import stem_tokens
+from fastvit.ops import conv_stem_torch
+from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, channels_last
+from fastvit.ops.gpsa_triton import architecture, precision
+from fastvit.reference import stage_grids
+
+
+class Plan(NamedTuple):
+    """The kernels of a call in the order in which they run, and how float32 is multiplied."""
+
+    arch: str
+    #: "tf32" or "ieee".
+    precision: str
+    kernels: tuple[tuple[str, Config], ...]
+
+
+def plan(x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool) -> Plan:
+    """What runs for images x; ``keeps`` if the raw tensors of all stages are needed."""
+    arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
+    grids = stage_grids(x.shape[-2:], stages.strides)
+    problem = stem_configs.Problem(
+        architecture(x.device),
+        arithmetic,
+        tuple(x.shape[0] * math.prod(grid) for grid in grids),
+        (x.shape[1], *(w.shape[0] for w in stages.weights), proj_weight.shape[0]),
+        keeps,
+    )
+    return Plan(problem.arch, precision(), stem_configs.forward(problem))
+
+
+def forward(
+    plan: Plan,
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    stages: Stages,
+    training: bool,
+    eps: float,
+    mean: Floats,
+    std: Floats,
+    save: bool,
+) -> Forward:
+    """The op's forward by the kernels of ``plan``."""
+    if x.shape[0] == 0:
+        # Nothing to launch; what there is to say of no values, PyTorch says.
+        return conv_stem_torch.forward(
+            x, proj_weight, proj_bias, pos_embed, cls_token, stages, training, eps, mean, std, save
+        )
+    *layers, (_, config) = plan.kernels
+    if not within_reach(x, max(config.rows for _, config in layers)):
+        x = x.contiguous()
+    pixels = _pixels(x, mean, std)
+    parameters = (proj_bias, pos_embed, cls_token)
+    bias, position, first = (None if p is None else p.contiguous() for p in parameters)
+    with torch.cuda.device_of(x):
+        if training or save:
+            y, affine, kept = _keep(x, stages, training, eps, pixels, save, plan)
+        else:
+            y, affine, kept = _infer(x, stages, eps, pixels, plan), None, ([], [], [])
+        B, _, H, W = y.shape
+        tokens = y.new_empty(B, H * W + int(first is not None), proj_weight.shape[0])
+        stem_tokens(
+            y, proj_weight.contiguous(), bias, affine, position, first, tokens, plan.precision,
+            config,
+        )  # fmt: skip
+    return Forward(tokens, *kept)
+
+
+def _pixels(x: Tensor, mean: Floats, std: Floats) -> tuple[Sequence[float], Sequence[float]] | None:
+    """The mean and std of uint8 images."""
+    if x.dtype != torch.uint8:
+        return None
+    channels = x.shape[1]
+    return mean or (0.0,) * channels, std or (1.0,) * channels
+
+
+def _maps(x: Tensor, stages: Stages) -> list[tuple[int, int, int, int]]:
+    """Shapes of what the convolutions give."""
+    grids = stage_grids(x.shape[-2:], stages.strides)
+    return [(x.shape[0], w.shape[0], *grid) for w, grid in zip(stages.weights, grids, strict=True)]
+
+
+def _map(weight: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """An empty map with channels innermost."""
+    _, C, H, W = shape
+    return weight.new_empty_strided(shape, (H * W * C, 1, W * C, C))
+
+
+def _infer(x: Tensor, stages: Stages, eps: float, pixels: Any, plan: Plan) -> Tensor:
+    """What the last stage gives, normalised by the running statistics."""
+    norms = [
+        tuple(t.contiguous() for t in norm)
+        for norm in zip(
+            stages.bn_weights, stages.bn_biases, stages.means, stages.variances, strict=True
+        )
+    ]
+    shapes, done = _maps(x, stages), 0
+    for name, config in plan.kernels[:-1]:
+        last = done + 1 if name == "stem_pair" else done
+        weight, stride = stages.weights[last], stages.strides[last]
+        out = _map(weight, shapes[last])
+        if name == "stem_pair":
+            weights = (stages.weights[0].contiguous(), channels_last(weight))
+            stem_pair(
+                x, weights, norms[:2], eps, out, pixels, stages.strides[:2], plan.precision, config
+            )
+        elif name == "stem_first":
+            stem_first(
+                x, weight.contiguous(), norms[0], eps, out, None, pixels, stride, plan.precision,
+                config,
+            )  # fmt: skip
+        else:
+            stem_conv(
+                x, channels_last(weight), None, norms[last], eps, out, None, stride,
+                plan.precision, config,
+            )  # fmt: skip
+        x, done = out, last + 1
+    return x
+
+
+def _keep(
+    x: Tensor, stages: Stages, training: bool, eps: float, pixels: Any, save: bool, plan: Plan
+) -> tuple[Tensor, Tensor, tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """The sums of the last stage, its batch norm as scale and shift, and what is kept: the sums of
+    every stage if they are to be saved, means and variances.
+    """
+    raw: list[Tensor] = []
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
+    affine: Tensor | None = None
+    for i, (shape, (_, config)) in enumerate(zip(_maps(x, stages), plan.kernels, strict=False)):
+        weight, stride = stages.weights[i], stages.strides[i]
+        gamma, beta = stages.bn_weights[i].contiguous(), stages.bn_biases[i].contiguous()
+        out, values, partials = _map(weight, shape), shape[0] * shape[2] * shape[3], None
+        if training:
+            tiles = -(-values // config.rows)
+            partials = x.new_empty(2, tiles, shape[1], dtype=torch.float32)
+        if i == 0:
+            stem_first(
+                x, weight.contiguous(), None, eps, out, partials, pixels, stride, plan.precision,
+                config,
+            )  # fmt: skip
+        else:
+            stem_conv(
+                x, channels_last(weight), affine, None, eps, out, partials, stride,
+                plan.precision, config,
+            )  # fmt: skip
+        if partials is not None:
+            mean, variance = partials.new_empty(shape[1]), partials.new_empty(shape[1])
+            affine = stem_statistics(
+                partials, config.rows, values, gamma, beta, eps, mean, variance
+            )
+        else:
+            # As they are now: a later training step changes the buffers in place.
+            mean = stages.means[i].to(torch.float32, copy=True).contiguous()
+            variance = stages.variances[i].to(torch.float32, copy=True).contiguous()
+            affine = stem_affine(gamma, beta, mean, variance, eps)
+        means.append(mean)
+        variances.append(variance)
+        if save:
+            raw.append(out)
+        x = out
+    assert affine is not None
+    return x, affine, (raw, means, variances)
