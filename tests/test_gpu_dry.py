@@ -84,6 +84,27 @@ def test_patches_are_compared_and_timed(tmp_path):
     assert "\n## Patch embedding with class token and positions\n" in summary
 
 
+def test_stems_are_compared_and_timed(tmp_path):
+    out = tmp_path / "out"
+    done = dry(out, "ceilings", "stem")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = results(out)["stem"]
+    assert stage["status"] == "ok"
+    compared = [case for case in stage["cases"] if case["what"] == "agreement"]
+    assert all(case["ok"] for case in compared)
+    tensors = {tensor["name"] for case in compared for tensor in case["tensors"]}
+    assert {"output", "images", "0.conv.weight", "1.bn.running_var", "2.conv.bias"} <= tensors
+    timed = {
+        (case["what"], case["mode"]): case["contenders"]
+        for case in stage["cases"]
+        if case["what"] != "agreement"
+    }
+    assert {what for what, _ in timed} == {"eager", "compiled", "max-autotune-no-cudagraphs"}
+    assert all("median" in times for found in timed.values() for times in found.values())
+    assert 0 < timed["eager", "forward"]["fastvit"]["share"] <= 1
+    assert "\n## Convolutional stem\n" in (out / "summary.md").read_text("utf-8")
+
+
 def test_a_stage_that_dies_costs_no_other(tmp_path):
     out = tmp_path / "out"
     done = dry(out, "machine", "ceilings", FASTVIT_GPU_FAIL="machine")
@@ -130,6 +151,17 @@ class TestFloors:
         moved = 2 * (38_535_168 + 38_731_776 + 589_824 + 768 + 151_296 + 768)
         work = floors.patch_embed(256, 196, 768, 768, 2, 2, backward=False)
         assert work == (moved, 59_190_018_048)
+
+    def test_stem(self, floors):
+        """Two images of 4 x 4 pixels in bytes, through 2 x 2 of 5 channels, to tokens of 7."""
+        shapes = importlib.import_module("gpu.shapes")
+        problem = shapes.Stem("", 2, (4, 4), (5,), (2,), 7)
+        weights, pixels, tokens = 9 * 3 * 5 + 5 * 7, 2 * 3 * 4 * 4, 2 * 2 * 2 * 7
+        first, last = 2 * 2 * 4 * 27 * 5, 2 * 2 * 4 * 5 * 7
+        forward = (pixels + tokens + weights, first + last)
+        assert floors.stem(problem, 1, backward=False) == forward
+        both = (2 * (pixels + tokens) + 3 * weights, 2 * first + 3 * last)
+        assert floors.stem(problem, 1, backward=True) == both
 
     def test_the_larger_term_counts(self, floors):
         ceilings = {"bandwidth": 10.0, "rates": {"bfloat16": 100.0}}

@@ -8,7 +8,10 @@ a patch embedding makes D channels of the K pixels of a patch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from gpu.shapes import Stem
 
 
 class Work(NamedTuple):
@@ -51,6 +54,28 @@ def patch_embed(
     parameters = D * K + D + (tokens + D if assembled else 0)
     moved = B * N * K * pixelsize + (B * tokens + parameters) * itemsize
     return Work(passes * moved, passes * 2 * B * N * K * D)
+
+
+def stem(problem: Stem, itemsize: int, *, backward: bool) -> Work:
+    """A stem whose maps all stay on the chip: images and weights in, tokens out. Backward, the
+    images, the weights and a gradient of the tokens are read again and gradients of the weights
+    written; the images have none.
+    """
+    (height, width), before = problem.size, 3
+    flops, weights, first = 0, 0, 0
+    for channels, stride in zip(problem.channels, problem.strides, strict=True):
+        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+        flops += 2 * problem.B * height * width * 9 * before * channels
+        weights += 9 * before * channels
+        first = first or flops
+        before = channels
+    flops += 2 * problem.B * height * width * before * problem.D
+    weights += before * problem.D
+    pixels = problem.B * 3 * problem.size[0] * problem.size[1]
+    tokens = problem.B * height * width * problem.D
+    if backward:
+        return Work((2 * (pixels + tokens) + 3 * weights) * itemsize, 3 * flops - first)
+    return Work((pixels + tokens + weights) * itemsize, flops)
 
 
 def seconds(work: Work, ceilings: dict[str, Any], dtype: str) -> float:

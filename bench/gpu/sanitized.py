@@ -13,7 +13,8 @@ from torch import Tensor
 from fastvit.functional import attention, gpsa_attention
 from gpu.device import Device, open_device
 from gpu.patch_peers import Portable, Tokens
-from gpu.shapes import Embedding
+from gpu.shapes import Embedding, Stem
+from gpu.stem_layers import our_layer, plain_layer, stem_images
 
 
 def main() -> None:
@@ -25,6 +26,9 @@ def main() -> None:
         if op.startswith("patch_embed"):
             problem = Embedding(B, d, H, (H * grid[0], H * grid[1]))
             _patches(device, problem, dtype, raw="uint8" in op)
+        elif op.startswith("conv_stem"):
+            stem = Stem(op, B, grid, (H, 2 * H), (2, 2), d)
+            _stem(device, stem, getattr(torch, dtype), raw="uint8" in op)
         else:
             _attention(device, op, dtype, B, H, grid, d)
         device.synchronize()
@@ -62,6 +66,15 @@ def _patches(device: Device, problem: Embedding, dtype: str, *, raw: bool) -> No
     if device.device.type == "cuda":
         for small_tile in (True, False):
             Portable(device, problem, dtype, small_tile=small_tile)(images)
+
+
+def _stem(device: Device, problem: Stem, dtype: torch.dtype, *, raw: bool) -> None:
+    """A training step, and a call in eval."""
+    layer = our_layer(plain_layer(device, problem, dtype).train(), "triton")
+    x = stem_images(device, problem, torch.uint8 if raw else dtype)
+    layer(x).float().sum().backward()
+    with torch.no_grad():
+        layer.eval()(x)
 
 
 if __name__ == "__main__":

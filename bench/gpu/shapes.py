@@ -65,6 +65,33 @@ class Embedding(NamedTuple):
         return self.B, self.grid[0] * self.grid[1], 3 * self.patch**2, self.D
 
 
+class Stem(NamedTuple):
+    """A convolutional stem with its images."""
+
+    label: str
+    B: int
+    size: tuple[int, int]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    D: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} {self.size[0]}x{self.size[1]} B={self.B}"
+
+
+def _stem(size: str, B: int) -> Stem:
+    """The stem of a ViT_C (arXiv 2106.14881)."""
+    channels, D = {
+        "1GF": ((24, 48, 96, 192), 192),
+        "4GF": ((48, 96, 192, 384), 384),
+        "18GF": ((64, 128, 128, 256, 256, 512), 768),
+        "36GF": ((64, 128, 128, 256, 256, 512), 1024),
+    }[size]
+    strides = (2, 2, 2, 2) if len(channels) == 4 else (2, 2, 1, 2, 1, 2)
+    return Stem(size, B, (224, 224), channels, strides, D)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a run looks at, each list with the most valuable first."""
@@ -93,7 +120,12 @@ class Plan:
     embedding_dtypes: tuple[str, ...]
     #: And to time, with the dtype.
     embeddings: tuple[tuple[Embedding, str], ...]
-    #: (op, dtype, B, H, grid, d) of the sanitizer's calls; for patches, B, side, grid and D.
+    #: Stems to compare with float64, in each layout of the images; to time; to time compiled peers.
+    stems_checked: tuple[tuple[Stem, tuple[str, ...]], ...]
+    stems: tuple[Stem, ...]
+    stems_compiled: tuple[Stem, ...]
+    #: (op, dtype, B, H, grid, d) of the sanitizer's calls; for patches, B, side, grid and D; for
+    #: stems, B, the first of two widths, sides of the images and D.
     sanitized: tuple[tuple[str, str, int, int, tuple[int, int], int], ...]
 
 
@@ -169,6 +201,18 @@ def _full() -> Plan:
         embedded=embedded,
         embedding_dtypes=("bfloat16", "float16", "float32", "tf32"),
         embeddings=tuple(timed),
+        stems_checked=(
+            (_stem("4GF", 4), ("planar", "channels_last")),
+            (_stem("1GF", 4), ("planar",)),
+            (_stem("18GF", 2), ("planar",)),
+            (Stem("odd", 3, (45, 67), (24, 40, 48), (2, 1, 2), 136), ("planar", "channels_last")),
+        ),
+        stems=(
+            *(_stem(size, 256) for size in ("4GF", "1GF", "18GF", "36GF")),
+            *(_stem("4GF", B) for B in (64, 8, 1)),
+            *(_stem("1GF", B) for B in (64, 1)),
+        ),
+        stems_compiled=(_stem("4GF", 256), _stem("1GF", 256), _stem("18GF", 256)),
         sanitized=(
             *(("gpsa", dtype, 2, 2, (5, 7), 48) for dtype in dtypes),
             ("gpsa", "bfloat16", 2, 2, (3, 90), 48),
@@ -180,6 +224,11 @@ def _full() -> Plan:
                 for pixels in ("", " uint8")
                 for dtype in dtypes
                 for patch in (16, 14)
+            ),
+            *(
+                (f"conv_stem{pixels}", dtype, 2, 24, (19, 21), 40)
+                for pixels in ("", " uint8")
+                for dtype in dtypes
             ),
         ),
     )
@@ -209,9 +258,13 @@ def _dry() -> Plan:
         embedded=((Embedding(2, 24, 4, (8, 12)), ("planar", "cropped")),),
         embedding_dtypes=("float32", "bfloat16"),
         embeddings=((Embedding(2, 16, 4, (8, 8)), "bfloat16"),),
+        stems_checked=((Stem("tiny", 1, (9, 7), (8, 16), (2, 2), 24), ("planar",)),),
+        stems=(Stem("tiny", 2, (8, 8), (8, 16), (2, 2), 16),),
+        stems_compiled=(Stem("tiny", 2, (8, 8), (8, 16), (2, 2), 16),),
         sanitized=(
             ("gpsa", "float32", 1, 1, (2, 3), 16),
             ("patch_embed uint8", "bfloat16", 1, 4, (2, 3), 16),
+            ("conv_stem", "bfloat16", 1, 8, (5, 6), 16),
         ),
     )
 

@@ -30,6 +30,7 @@ STAGES = (
     Stage("peers", "peers.json", 80, "other implementations at our shapes"),
     Stage("kernels", "kernels.json", 70, "fastvit at the same shapes"),
     Stage("patch_embed", "kernels.json", 80, "images to tokens: agreement, times with peers"),
+    Stage("stem", "kernels.json", 80, "the convolutional stem: agreement, times with peers"),
     Stage("models", "models.json", 50, "ConViT against DeiT"),
 )
 

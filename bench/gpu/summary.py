@@ -182,6 +182,42 @@ def _embedding(records: Records) -> str:
     return markdown(heads, rows)
 
 
+def _stem(records: Records) -> str:
+    others = {
+        (_stem_name(case), case["mode"], what): case["contenders"]
+        for what in _COMPILED
+        for case in cases_of(records, "stem", what)
+    }
+    rows = []
+    for case in cases_of(records, "stem", "eager"):
+        ours, name, peer = best_of(case, ("eager", "eager channels_last"))
+        row = [_stem_name(case), case["mode"], spread(ours), share(ours)]
+        row += [name, median(peer), ratio(peer, ours)]
+        for what in _COMPILED:
+            # In turns with ours of that contest.
+            found = others.get((_stem_name(case), case["mode"], what), {})
+            other = found.get("compiled channels_last")
+            row += [median(other), ratio(other, found.get("fastvit", {}))]
+        memory = case.get("memory", {})
+        kept = [memory.get(n, {}).get("kept") for n in ("fastvit", "eager channels_last")]
+        row.append(" / ".join(f"{k / 1e6:,.0f}" if k is not None else NOTHING for k in kept))
+        row.append(us(case["host"]) if "host" in case else NOTHING)
+        rows.append(row)
+    heads = ["stem", "mode", "fastvit µs (20–80 %)", "of floor", "fastest eager", "µs", "÷ fastvit",
+             "compiled µs", "÷ fastvit", "max-autotune µs", "÷ fastvit",
+             "kept MB, fastvit / channels_last", "host µs"]  # fmt: skip
+    return markdown(heads, rows)
+
+
+_COMPILED = ("compiled", "max-autotune-no-cudagraphs")
+
+
+def _stem_name(case: dict[str, Any]) -> str:
+    shape = case["shape"]
+    height, width = shape["size"]
+    return f"{shape['label']} {height}x{width} B={shape['B']}"
+
+
 def _problem(case: dict[str, Any]) -> tuple[str, str, str, str]:
     shape = case["shape"]
     height, width = shape["size"]
@@ -234,8 +270,10 @@ _TABLES: dict[str, Callable[[Records], str]] = {
     "Plain attention of PyTorch, by backend": _peers,
     "Models, bfloat16": _models,
     "Patch embedding with class token and positions": _embedding,
+    "Convolutional stem": _stem,
     "Agreement with float64": _agreement("agreement"),
     "Agreement with float64 of the patch embedding": _agreement("patch_embed", "agreement"),
+    "Agreement with float64 of the stem": _agreement("stem", "agreement"),
     "CUDA graphs, torch.compile, streams, large buffers": _outcomes("graphs"),
     "compute-sanitizer": _outcomes("sanitizer"),
 }
