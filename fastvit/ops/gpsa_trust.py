@@ -72,7 +72,7 @@ def _candidate(direction: str, plan: Plan, q: Tensor, grid_size: Grid | None) ->
     dtype = str(q.dtype).removeprefix("torch.")
     arithmetic = f"{dtype},{plan.precision}" if q.dtype == torch.float32 else dtype
     launch = ",".join(f"{name}{tuple(config)}".replace(" ", "") for name, config in kernels.items())
-    key = f"{op}/{direction}/{arithmetic}/d={d}/{size}/{launch}/{_hash()}/{capability}/{version}"
+    key = f"{op}/{direction}/{arithmetic}/d={d}/{size}/{launch}/{code()}/{capability}/{version}"
     small = plan._replace(kernels=kernels)
     check = functools.partial(_check, op, direction, small, q.device, q.dtype, tokens, d, grid)
     return Candidate(key, check)
@@ -101,7 +101,8 @@ def _small(N: int, grid_size: Grid | None) -> tuple[int, Grid | None]:
 
 
 @functools.cache
-def _hash() -> str:
+def code() -> str:
+    """The kernels at hand, as keys name them."""
     folder = Path(fastvit.kernels.__file__).parent
     own = [__file__, gpsa_triton.__file__, testing.__file__]
     return source_hash(*folder.glob("*.py"), *map(Path, own))
