@@ -174,7 +174,10 @@ void patch_embed(py::handle images_tensor, py::handle weight_tensor, py::handle 
   const auto cls = optional_view(cls_tensor, "cls_token");
 
   expect_device(weight);
-  weight.expect_rank(2);
+  // A weight (D, C, ph, pw) has its columns in the order of planar images.
+  if (interleaved || weight.rank() != 4) {
+    weight.expect_rank(2);
+  }
   weight.expect_contiguous();
   const Arithmetic arithmetic = arithmetic_of(weight, tf32);
   const bool raw = images.has_dtype(kUint8);
@@ -183,7 +186,11 @@ void patch_embed(py::handle images_tensor, py::handle weight_tensor, py::handle 
       read_pixels(images, weight, patch_height, patch_width, interleaved, mean, std, arithmetic);
   const PatchGrid& grid = args.pixels.grid;
   const int64_t outputs = read_outputs(weight, 0), patches = grid.patches();
-  weight.expect_shape({outputs, grid.columns()});
+  if (weight.rank() == 4) {
+    weight.expect_shape({outputs, grid.channels, grid.patch_height, grid.patch_width});
+  } else {
+    weight.expect_shape({outputs, grid.columns()});
+  }
   args.weight = weight.raw_data();
   args.weight_access = row_access(args.weight, grid.columns(), arithmetic, {grid.columns()});
   if (bias) {
@@ -329,8 +336,9 @@ void register_patch_embed(py::module_& m) {
         py::arg("patch_height"), py::arg("patch_width"), py::arg("interleaved"), py::arg("tf32"),
         py::arg("out"), py::arg("small_tile") = py::none(), py::arg("hopper") = false,
         "Tokens of images (B, C, H, W), float like weight or uint8, into out (B, N[+1], D). weight "
-        "(D, K) has its columns in the order of the patches, and for uint8 is what "
-        "fold_patch_weight made of it, with bias (D) in float32 then. pos_embed (1, N or N+1, D), "
+        "(D, K) has its columns in the order of the patches, or is (D, C, ph, pw) for images that "
+        "are not interleaved, and for uint8 is what fold_patch_weight made of it, with bias (D) in "
+        "float32 then. pos_embed (1, N or N+1, D), "
         "cls_token (1, 1, D).");
   m.def("fold_patch_weight", &fold_patch_weight, py::arg("weight"), py::arg("bias"),
         py::arg("mean"), py::arg("std"), py::arg("interleaved"), py::arg("folded"),

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastvit
+from fastvit.ops import backend
 from fastvit.testing import agreement
 
 # Test shapes are small: more threads cost more than they give. The user's choice wins.
@@ -31,6 +32,12 @@ Tensors = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices() -> None:
+    """Tests change what is built and which GPUs there are; processes do not."""
+    backend._chosen.clear()
 
 
 @pytest.fixture

@@ -257,8 +257,9 @@ def test_a_broken_kernel_is_not_used(gpu, direction):
 
 def test_the_op_takes_what_is_trusted(gpu, monkeypatch):
     """The dispatch of the op, for a tensor that says it is on a GPU."""
-    tensor = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
-    monkeypatch.setattr(patch_embed, "choose", lambda call, asked: "native")
+    cuda = torch.device("cuda", 0)
+    tensor = types.SimpleNamespace(device=cuda, dtype=torch.float32, is_cpu=False)
+    monkeypatch.setattr(patch_embed, "choose_once", lambda *call: "native")
     monkeypatch.setattr(patch_embed_trust, "trusted_kernels", lambda *args: Kernels(True))
     assert patch_embed._implementation("forward", tensor, tensor, "auto") == Kernels(True)
     monkeypatch.setattr(patch_embed_trust, "trusted_kernels", lambda *args: None)

@@ -55,28 +55,26 @@ class Kernels(NamedTuple):
         """Tokens (B, N[+1], D) of images (B, C, H, W) and a weight (D, C, ph, pw), both float32,
         float16 or bfloat16, or uint8 images.
         """
+        B, C, height, width = images.shape
+        D, _C, ph, pw = weight.shape
         if _is_empty(images, weight):
             tensors = (images, weight, bias, pos_embed, cls_token)
             return patch_embed_torch.forward(*tensors, mean, std)
         images, interleaved, mean, std = _readable(images, weight, mean, std)
-        bias, pos_embed, cls_token = (
-            None if t is None else t.to(weight.dtype).contiguous()
-            for t in (bias, pos_embed, cls_token)
-        )
-        ph, pw = weight.shape[-2:]
-        patches = (images.shape[2] // ph) * (images.shape[3] // pw)
-        tokens = patches + int(cls_token is not None)
-        out = self._empty(weight, images.shape[0], tokens, weight.shape[0])
+        dtype = weight.dtype
+        bias, pos_embed, cls_token = _as(dtype, bias), _as(dtype, pos_embed), _as(dtype, cls_token)
+        tokens = (height // ph) * (width // pw) + int(cls_token is not None)
+        out = self._empty(weight, B, tokens, D)
         module = _native.load()
         if images.dtype == torch.uint8:
-            columns = self._empty(weight, weight.shape[0], math.prod(weight.shape[1:]))
-            folded_bias = self._empty(weight, weight.shape[0], dtype=torch.float32)
+            columns = self._empty(weight, D, C * ph * pw)
+            folded_bias = self._empty(weight, D, dtype=torch.float32)
             module.fold_patch_weight(
                 weight.contiguous(), bias, mean, std, interleaved, columns, folded_bias
             )
             bias = folded_bias
         else:
-            columns = matrix(weight, interleaved).contiguous()
+            columns = (matrix(weight, interleaved) if interleaved else weight).contiguous()
         module.patch_embed(
             images, columns, bias, pos_embed, cls_token, mean, std, ph, pw,
             interleaved, self.tf32, out, self.small_tile, self.hopper,
@@ -138,6 +136,13 @@ class Kernels(NamedTuple):
     def _empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         out = like.new_empty(shape, dtype=dtype)
         return out.fill_(float("nan")) if self.poisoned else out
+
+
+def _as(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    # Comparing first: a conversion that has nothing to do takes 0.7 µs.
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _is_empty(images: Tensor, weight: Tensor) -> bool:
