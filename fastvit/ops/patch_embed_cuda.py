@@ -21,8 +21,8 @@ from fastvit.reference import normalize_images
 
 Floats = Sequence[float] | None
 
-#: Channels of uint8 images whose statistics fit into the arguments of a kernel.
-_MOST_RAW_CHANNELS = 128
+#: The rows of a half-precision matrix that the TMA reads begin at multiples of that many elements.
+_TMA_ELEMENTS = 8
 #: Outputs and elements of a patch that a block of the weight's gradient computes, and the fewest
 #: patches worth a block.
 _GRADIENT_TILE = 128
@@ -63,16 +63,24 @@ class Kernels(NamedTuple):
         images, interleaved, mean, std = _readable(images, weight, mean, std)
         dtype = weight.dtype
         bias, pos_embed, cls_token = _as(dtype, bias), _as(dtype, pos_embed), _as(dtype, cls_token)
-        tokens = (height // ph) * (width // pw) + int(cls_token is not None)
-        out = self._empty(weight, B, tokens, D)
+        patches = (height // ph) * (width // pw)
+        out = self._empty(weight, B, patches + int(cls_token is not None), D)
         module = _native.load()
+        K = C * ph * pw
+        # Rows that the TMA cannot read as they are get gaps, where it is to read them.
+        gap = -K % _TMA_ELEMENTS if self.hopper else 0
+        if gap and not module.hopper_has_work(B * patches, D, weight.device.index or 0):
+            gap = 0
         if images.dtype == torch.uint8:
-            columns = self._empty(weight, D, C * ph * pw)
+            columns = self._empty(weight, D, K + gap).narrow(1, 0, K)
             folded_bias = self._empty(weight, D, dtype=torch.float32)
             module.fold_patch_weight(
                 weight.contiguous(), bias, mean, std, interleaved, columns, folded_bias
             )
             bias = folded_bias
+        elif gap:
+            columns = self._empty(weight, D, K + gap).narrow(1, 0, K)
+            columns.copy_(matrix(weight, interleaved))
         else:
             columns = (matrix(weight, interleaved) if interleaved else weight).contiguous()
         module.patch_embed(
@@ -156,7 +164,8 @@ def _readable(
     """Images that the kernels can read, whether their pixels are interleaved, and the statistics
     that are left to be applied.
     """
-    if images.dtype == torch.uint8 and images.shape[1] > _MOST_RAW_CHANNELS:
+    # The statistics of more do not fit into the arguments of a kernel.
+    if images.dtype == torch.uint8 and images.shape[1] > _native.load().MOST_PIXEL_CHANNELS:
         images, mean, std = normalize_images(images, mean, std, weight.dtype), None, None
     patch_width = weight.shape[-1]
     if is_planar(images, patch_width):

@@ -52,7 +52,13 @@ _TILE = 128
 
 def _cases(device: torch.device) -> tuple[_Case, ...]:
     side = 4 * math.isqrt(2 * _TILE * patch_embed_cuda.multiprocessors(device))
-    return *_LAYOUTS, _Case("many tiles", (4, 4), (side, side + 4), 200)
+    half = side // 2
+    return (
+        *_LAYOUTS,
+        _Case("many tiles", (4, 4), (side, side + 4), 200),
+        # The rows of its weight begin at no multiples of 16 bytes.
+        _Case("many tiles of 2x2", (2, 2), (half, half + 2), 200),
+    )
 
 
 #: Kernels of calls that are trusted: they need not be named and looked up again.
