@@ -21,8 +21,6 @@ from fastvit.ops import patch_embed_trust, trust
 from fastvit.ops.trust import Candidate
 from fastvit.testing import Agreement
 
-pytest.importorskip("fcntl", reason="this system has no such locks")
-
 #: A check that tells when it runs and then does what a kernel may do to its process.
 SCRIPT = """
 import os, signal, time
@@ -106,6 +104,7 @@ def test_a_check_that_is_running_elsewhere_says_nothing(cache):
     # There is a verdict by now, and what was left behind changes nothing.
     trust.forget()
     assert trust.trusts(Candidate("op/key", not_run), "auto")
+    assert [file.name for file in cache.iterdir()] == ["verdicts.json"]
 
 
 def test_there_is_a_marker_while_a_check_runs_and_none_after(cache):
@@ -113,7 +112,7 @@ def test_there_is_a_marker_while_a_check_runs_and_none_after(cache):
 
     def check() -> list[Agreement]:
         found.extend(json.loads(file.read_text()) for file in cache.glob("*.check"))
-        assert trust._died() == {}
+        assert trust._died({}) == {}
         return agrees()
 
     assert trust.trusts(Candidate("op/key", check), "auto")
@@ -190,6 +189,24 @@ def test_info_shows_it_and_leaves_out_other_versions(cache):
     # Nobody was warned yet.
     with pytest.warns(RuntimeWarning, match="did not finish its check on this machine"):
         assert not trust.trusts(Candidate(key, not_run, "the portable CUDA kernel"), "auto")
+
+
+def test_a_cache_that_may_only_be_read(cache, monkeypatch):
+    """What others left there is heeded; what is found stays in memory."""
+    cache.mkdir()
+    marker = {"key": "op/key", "pid": 17, "at": "2026-01-02 03:04:05"}
+    (cache / "left.check").write_text(json.dumps(marker))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(trust.tempfile, "mkstemp", refuse)
+    with pytest.warns(RuntimeWarning, match="did not finish its check"):
+        assert not trust.trusts(Candidate("op/key", not_run), "auto")
+    assert not trust.trusts(Candidate("op/key", not_run), "auto")
+    assert trust.trusts(Candidate("op/other", agrees), "auto")
+    assert trust.trusts(Candidate("op/other", not_run), "auto")
+    assert [file.name for file in cache.iterdir()] == ["left.check"]
 
 
 def test_the_warning_says_what_serves(cache):

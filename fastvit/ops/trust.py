@@ -13,6 +13,7 @@ outcome.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -21,8 +22,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,6 @@ import torch
 
 from fastvit import _native
 from fastvit.testing import Agreement
-
-try:
-    import fcntl
-except ImportError:  # a system without locks of its kind: checks leave no traces
-    fcntl = None  # type: ignore[assignment]
 
 _VERIFIED = Path(__file__).resolve().parent.parent / "verified.json"
 
@@ -63,7 +59,7 @@ class _Verdicts:
     def load(self) -> dict[str, str]:
         if self.known is None:
             kept = {**_read(_cache_file()), **dict.fromkeys(_read(_VERIFIED), "")}
-            self.died = {key: text for key, text in _died().items() if key not in kept}
+            self.died = _died(kept)
             self.known = {**self.died, **kept}
         return self.known
 
@@ -253,7 +249,7 @@ def _marked(key: str) -> Iterator[None]:
     finally:
         if marker is not None:
             descriptor, file = marker
-            file.unlink(missing_ok=True)
+            _remove(file)
             os.close(descriptor)
 
 
@@ -261,8 +257,6 @@ def _write_marker(key: str) -> tuple[int, Path] | None:
     directory = cache_directory()
     name = None
     try:
-        if fcntl is None:
-            return None
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=directory, suffix=".tmp")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,7 +268,7 @@ def _write_marker(key: str) -> tuple[int, Path] | None:
     except OSError:
         if name is not None:
             os.close(descriptor)
-            Path(name).unlink(missing_ok=True)
+            _remove(Path(name))
         return None
     return descriptor, file
 
@@ -302,23 +296,29 @@ def _abandoned() -> Iterator[tuple[Path, dict[str, Any]]]:
             os.close(descriptor)
 
 
-def _died() -> dict[str, str]:
-    """The checks whose processes ended before them, in words."""
-    if fcntl is None:
-        return {}
-    return {
-        str(marker.get("key")): (
-            f"process {marker.get('pid')}, which began the check at {marker.get('at')}, ended "
-            "before it did: the kernel crashed or hung, or the process was killed"
-        )
-        for _, marker in _abandoned()
-    }
+def _died(kept: Container[str]) -> dict[str, str]:
+    """The checks whose processes ended before them, in words, but for those that were made again:
+    what these left behind is removed.
+    """
+    found = {}
+    for file, marker in _abandoned():
+        key = str(marker.get("key"))
+        if key in kept:
+            _remove(file)
+        else:
+            found[key] = (
+                f"process {marker.get('pid')}, which began the check at {marker.get('at')}, ended "
+                "before it did: the kernel crashed or hung, or the process was killed"
+            )
+    return found
 
 
 def _bury(key: str, finding: str) -> None:
     """Make a check that its process did not survive a verdict like others."""
     _add_to_cache(key, finding)
-    if key in _read(_cache_file()):
-        for file, marker in _abandoned():
-            if marker.get("key") == key:
-                file.unlink(missing_ok=True)
+    _died(_read(_cache_file()))
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
