@@ -46,7 +46,7 @@ def _check_parameter(
     name: str, x: Any, expected: tuple[int, ...], why: str, device: torch.device
 ) -> None:
     """A floating tensor of one shape on one device; its dtype is its own."""
-    # Of what is right this is all that is asked, which takes half the time.
+    # What is right is asked at once, which takes half the time; here as below.
     if (
         isinstance(x, Tensor)
         and x.shape == expected
@@ -145,7 +145,8 @@ def _check_token_parameters(
         _check_parameter("cls_token", cls_token, (1, 1, width), "(1, 1, D)", device)
     if pos_embed is None:
         return
-    _check_tensor("pos_embed", pos_embed, "(1, N, D)", 3)
+    if not (isinstance(pos_embed, Tensor) and pos_embed.ndim == 3):
+        _check_tensor("pos_embed", pos_embed, "(1, N, D)", 3)
     length = pos_embed.shape[1]
     lengths = (tokens,) if cls_token is None else (tokens, tokens + 1)
     if length not in lengths:
@@ -159,8 +160,9 @@ def _check_token_parameters(
 
 
 def _check_projection(weight: Tensor, bias: Tensor | None, names: tuple[str, str]) -> None:
-    _check_tensor(names[0], weight, "(D, C, height, width)", 4)
-    _check_floating(names[0], weight)
+    if not (isinstance(weight, Tensor) and weight.ndim == 4 and weight.is_floating_point()):
+        _check_tensor(names[0], weight, "(D, C, height, width)", 4)
+        _check_floating(names[0], weight)
     if bias is not None:
         _check_parameter(names[1], bias, (weight.shape[0],), "(D,)", weight.device)
 

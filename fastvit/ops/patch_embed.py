@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from fastvit.ops.library import (
     register,
     register_gradient,
 )
+
+Floats = Sequence[float] | None
 
 
 def _implementation(direction: str, images: Tensor, weight: Tensor, asked: str) -> Any:
@@ -44,10 +47,18 @@ _ARGUMENTS = (
 
 
 @register(f"_patch_embed_forward({_ARGUMENTS}, str backend) -> Tensor", _fake_forward, direct=True)
-def _patch_embed_forward(images: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    *arguments, asked = rest
+def _patch_embed_forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    mean: Floats,
+    std: Floats,
+    asked: str,
+) -> Tensor:
     implementation = _implementation("forward", images, weight, asked)
-    return implementation.forward(images, weight, *arguments)
+    return implementation.forward(images, weight, bias, pos_embed, cls_token, mean, std)
 
 
 def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:

@@ -72,15 +72,14 @@ class Kernels(NamedTuple):
         if gap and not module.hopper_has_work(B * patches, D, weight.device.index or 0):
             gap = 0
         if images.dtype == torch.uint8:
-            columns = self._empty(weight, D, K + gap).narrow(1, 0, K)
+            columns = self._matrix(weight, D, K, gap)
             folded_bias = self._empty(weight, D, dtype=torch.float32)
             module.fold_patch_weight(
                 weight.contiguous(), bias, mean, std, interleaved, columns, folded_bias
             )
             bias = folded_bias
         elif gap:
-            columns = self._empty(weight, D, K + gap).narrow(1, 0, K)
-            columns.copy_(matrix(weight, interleaved))
+            columns = self._matrix(weight, D, K, gap).copy_(matrix(weight, interleaved))
         else:
             columns = (matrix(weight, interleaved) if interleaved else weight).contiguous()
         module.patch_embed(
@@ -140,6 +139,11 @@ class Kernels(NamedTuple):
             *weight.shape[-2:], interleaved, self.tf32, partial, dweight,
         )  # fmt: skip
         return weight_of(dweight, weight, interleaved)
+
+    def _matrix(self, like: Tensor, rows: int, columns: int, gap: int) -> Tensor:
+        if gap == 0:
+            return self._empty(like, rows, columns)
+        return self._empty(like, rows, columns + gap).narrow(1, 0, columns)
 
     def _empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         out = like.new_empty(shape, dtype=dtype)
