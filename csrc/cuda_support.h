@@ -7,6 +7,7 @@
 #include "emulated_launch.h"
 #else
 
+#include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -23,26 +24,55 @@ inline void check_cuda(cudaError_t status, const char* what) {
   }
 }
 
-// Makes `device` current for the life of the guard.
+// A function of the driver, of the CUDA `version` that gave it its type. Through the runtime, so
+// that the module loads where there is no libcuda.
+template <typename Function>
+Function driver_function(const char* name, unsigned version) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check_cuda(cudaGetDriverEntryPointByVersion(name, &function, version, cudaEnableDefault, &found),
+             "cudaGetDriverEntryPointByVersion");
+  if (found != cudaDriverEntryPointSuccess) {
+    throw std::runtime_error(std::string(name) + ": expected in the driver, got none");
+  }
+  return reinterpret_cast<Function>(function);
+}
+
+// Makes `device` current for the life of the guard. Then the thread has the context of before
+// again, or none: setting the device of before would create a context on it, which for device 0 and
+// a thread that works on another is some hundred megabytes that nobody asked for.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    changed_ = previous_ != device;
+    static const auto get_current =
+        driver_function<PFN_cuCtxGetCurrent_v4000>("cuCtxGetCurrent", 4000);
+    int current = 0;
+    check_cuda(cudaGetDevice(&current), "cudaGetDevice");
+    if (get_current(&previous_) != CUDA_SUCCESS) {
+      throw std::runtime_error("cuCtxGetCurrent: expected success, got an error");
+    }
+    changed_ = previous_ == nullptr || current != device;
     if (changed_) {
+      set_current();  // where the driver lacks it, this says so and not the destructor
       check_cuda(cudaSetDevice(device), "cudaSetDevice");
     }
   }
   ~DeviceGuard() {
     if (changed_) {
-      cudaSetDevice(previous_);
+      set_current()(previous_);
     }
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
+  static PFN_cuCtxSetCurrent_v4000 set_current() {
+    static const auto function =
+        driver_function<PFN_cuCtxSetCurrent_v4000>("cuCtxSetCurrent", 4000);
+    return function;
+  }
+
+  CUcontext previous_ = nullptr;
   bool changed_ = false;
 };
 

@@ -148,6 +148,17 @@ const void* read_like(const std::optional<TensorView>& view, const TensorView& w
   return view->raw_data();
 }
 
+// The elements from one row of a matrix to the next, which may have gaps between them.
+int64_t row_pitch(const TensorView& view) {
+  view.expect_rank(2);
+  const bool rows_lie_together = view.size(1) == 1 || view.stride(1) == 1;
+  if (view.size(0) < 2 || !rows_lie_together || view.stride(0) < view.size(1)) {
+    view.expect_contiguous();
+    return view.size(1);
+  }
+  return view.stride(0);
+}
+
 void expect_output(const TensorView& view, const TensorView& weight,
                    std::initializer_list<int64_t> shape) {
   read_like(view, weight, shape);
@@ -174,16 +185,23 @@ void patch_embed(py::handle images_tensor, py::handle weight_tensor, py::handle 
   const auto cls = optional_view(cls_tensor, "cls_token");
 
   expect_device(weight);
-  weight.expect_rank(2);
-  weight.expect_contiguous();
   const Arithmetic arithmetic = arithmetic_of(weight, tf32);
   const bool raw = images.has_dtype(kUint8);
   ForwardArgs args{};
   args.pixels =
       read_pixels(images, weight, patch_height, patch_width, interleaved, mean, std, arithmetic);
   const PatchGrid& grid = args.pixels.grid;
+  int64_t weight_pitch = grid.columns();
+  // Planar images have their columns in the order of a weight (D, C, ph, pw).
+  if (weight.rank() == 4 && !interleaved) {
+    weight.expect_shape({weight.size(0), grid.channels, grid.patch_height, grid.patch_width});
+    weight.expect_contiguous();
+  } else {
+    weight.expect_rank(2);
+    weight.expect_shape({weight.size(0), grid.columns()});
+    weight_pitch = row_pitch(weight);
+  }
   const int64_t outputs = read_outputs(weight, 0), patches = grid.patches();
-  weight.expect_shape({outputs, grid.columns()});
   args.weight = weight.raw_data();
   args.weight_access = row_access(args.weight, grid.columns(), arithmetic, {grid.columns()});
   if (bias) {
@@ -203,12 +221,17 @@ void patch_embed(py::handle images_tensor, py::handle weight_tensor, py::handle 
 
   const int device = weight.device().device_id;
   void* stream = weight.current_stream();
+  const bool takes_hopper =
+      hopper && outputs != 0 && hopper_takes(args, weight_pitch, arithmetic, device);
+  if (!takes_hopper) {
+    weight.expect_contiguous();
+  }
   py::gil_scoped_release release;
   if (outputs == 0) {
     return;
   }
-  if (hopper && hopper_takes(args, arithmetic, device)) {
-    launch_patch_embed_hopper(args, arithmetic, raw, device, stream);
+  if (takes_hopper) {
+    launch_patch_embed_hopper(args, weight_pitch, arithmetic, raw, device, stream);
   } else {
     launch_patch_embed(args, arithmetic, raw, small_tile, device, stream);
   }
@@ -238,8 +261,10 @@ void fold_patch_weight(py::handle weight_tensor, py::handle bias_tensor, py::han
   }
   args.weight = weight.raw_data();
   args.bias = read_like(bias, weight, {outputs});
-  expect_output(folded, weight, {outputs, args.grid.columns()});
+  folded.expect_shape({outputs, args.grid.columns()});
+  folded.expect_like(weight);
   args.folded = folded.raw_data();
+  args.folded_pitch = row_pitch(folded);
   args.folded_bias = read_floats(folded_bias, weight, {outputs});
   args.outputs = static_cast<int32_t>(outputs);
   args.inverse_unit = 1.0 / pixel_unit(arithmetic);
@@ -329,14 +354,20 @@ void register_patch_embed(py::module_& m) {
         py::arg("patch_height"), py::arg("patch_width"), py::arg("interleaved"), py::arg("tf32"),
         py::arg("out"), py::arg("small_tile") = py::none(), py::arg("hopper") = false,
         "Tokens of images (B, C, H, W), float like weight or uint8, into out (B, N[+1], D). weight "
-        "(D, K) has its columns in the order of the patches, and for uint8 is what "
-        "fold_patch_weight made of it, with bias (D) in float32 then. pos_embed (1, N or N+1, D), "
+        "(D, K) has its columns in the order of the patches, or is (D, C, ph, pw) for images that "
+        "are not interleaved, and for uint8 is what fold_patch_weight made of it, with bias (D) in "
+        "float32 then. For hopper its rows may have gaps. pos_embed (1, N or N+1, D), "
         "cls_token (1, 1, D).");
   m.def("fold_patch_weight", &fold_patch_weight, py::arg("weight"), py::arg("bias"),
         py::arg("mean"), py::arg("std"), py::arg("interleaved"), py::arg("folded"),
         py::arg("folded_bias"),
         "Folds the normalisation of uint8 pixels into weight (D, C, ph, pw) and bias (D) or None: "
-        "folded (D, K), its columns in the order of the patches, and folded_bias (D) in float32.");
+        "folded (D, K), its columns in the order of the patches, its rows perhaps with gaps, and "
+        "folded_bias (D) in float32.");
+  m.def("hopper_has_work", &hopper_has_work, py::arg("rows"), py::arg("outputs"), py::arg("device"),
+        "Whether that many patches, of all images, and outputs give every multiprocessor of a CUDA "
+        "device a tile of the kernel for compute capability 9.0, which is used only then.");
+  m.attr("MOST_PIXEL_CHANNELS") = kMaxPixelChannels;
   m.def("patch_weight_gradient", &patch_weight_gradient, py::arg("images"), py::arg("grad"),
         py::arg("mean"), py::arg("std"), py::arg("dbias"), py::arg("patch_height"),
         py::arg("patch_width"), py::arg("interleaved"), py::arg("tf32"), py::arg("partial"),

@@ -30,12 +30,13 @@ struct Pixels {
 };
 
 struct WeightFoldArgs {
-  const void* weight;  // (D, C, ph, pw), contiguous
-  const void* bias;    // (D), or null
-  PatchGrid grid;      // of the patch; the sizes of the images do not matter
-  void* folded;        // (D, K) in the order of the columns, over the unit
-  float* folded_bias;  // (D)
-  int32_t outputs;     // D
+  const void* weight;    // (D, C, ph, pw), contiguous
+  const void* bias;      // (D), or null
+  PatchGrid grid;        // of the patch; the sizes of the images do not matter
+  void* folded;          // (D, K) in the order of the columns, over the unit
+  int64_t folded_pitch;  // elements from one row of it to the next
+  float* folded_bias;    // (D)
+  int32_t outputs;       // D
   double inverse_unit;
   FoldedChannel channels[kMaxPixelChannels];
 };
@@ -85,11 +86,13 @@ void launch_weight_fold(const WeightFoldArgs& args, Arithmetic arithmetic, int d
                         void* stream);
 void launch_patch_embed(ForwardArgs args, Arithmetic arithmetic, bool raw,
                         std::optional<bool> small_tile, int device, void* stream);
-// The forward for compute capability 9.0, and whether it takes a call: one with work for every
+// The forward for compute capability 9.0, the rows of whose weight may have gaps; whether it takes
+// a call; and whether it would if these rows began at multiples of 16 bytes: with work for every
 // multiprocessor.
-bool hopper_takes(const ForwardArgs& args, Arithmetic arithmetic, int device);
-void launch_patch_embed_hopper(const ForwardArgs& args, Arithmetic arithmetic, bool raw, int device,
-                               void* stream);
+void launch_patch_embed_hopper(const ForwardArgs& args, int64_t weight_pitch, Arithmetic arithmetic,
+                               bool raw, int device, void* stream);
+bool hopper_takes(const ForwardArgs& args, int64_t weight_pitch, Arithmetic arithmetic, int device);
+bool hopper_has_work(int64_t rows, int64_t outputs, int device);
 void launch_weight_gradient(WeightGradientArgs args, Arithmetic arithmetic, bool raw, int device,
                             void* stream);
 void launch_weight_gradient_sum(const SumArgs& args, Arithmetic arithmetic, int device,

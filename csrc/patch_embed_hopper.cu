@@ -10,28 +10,38 @@ namespace fastvit {
 
 namespace {
 
-int64_t tile_count(const ForwardArgs& args) {
-  const int64_t rows = args.pixels.grid.images * args.pixels.grid.patches();
-  return ceil_divide(rows, HopperTile::kRows) * ceil_divide(args.outputs, HopperTile::kColumns);
+int64_t tile_count(int64_t rows, int64_t outputs) {
+  return ceil_divide(rows, HopperTile::kRows) * ceil_divide(outputs, HopperTile::kColumns);
+}
+
+int64_t row_count(const ForwardArgs& args) {
+  return args.pixels.grid.images * args.pixels.grid.patches();
 }
 
 }  // namespace
 
-bool hopper_takes(const ForwardArgs& args, Arithmetic arithmetic, int device) {
-  const bool half = arithmetic == Arithmetic::kHalf || arithmetic == Arithmetic::kBfloat16;
-  return half && args.weight_access == Access::kChunks &&
-         tile_count(args) >= device_limits(device).multiprocessors;
+bool hopper_has_work(int64_t rows, int64_t outputs, int device) {
+  return tile_count(rows, outputs) >= device_limits(device).multiprocessors;
 }
 
-void launch_patch_embed_hopper(const ForwardArgs& args, Arithmetic arithmetic, bool raw, int device,
-                               void* stream) {
+bool hopper_takes(const ForwardArgs& args, int64_t weight_pitch, Arithmetic arithmetic,
+                  int device) {
+  const bool half = arithmetic == Arithmetic::kHalf || arithmetic == Arithmetic::kBfloat16;
+  // The TMA's.
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && weight_pitch * 2 % 16 == 0;
+  return half && aligned && hopper_has_work(row_count(args), args.outputs, device);
+}
+
+void launch_patch_embed_hopper(const ForwardArgs& args, int64_t weight_pitch, Arithmetic arithmetic,
+                               bool raw, int device, void* stream) {
   using Tile = HopperTile;
   HopperArgs hopper{};
   hopper.forward = args;
   hopper.weight = make_tensor_map(args.weight, arithmetic == Arithmetic::kBfloat16, args.outputs,
-                                  args.pixels.grid.columns(), Tile::kColumns);
-  hopper.blocks = static_cast<int32_t>(
-      std::min<int64_t>(tile_count(args), device_limits(device).multiprocessors));
+                                  args.pixels.grid.columns(), weight_pitch, Tile::kColumns);
+  hopper.blocks = static_cast<int32_t>(std::min<int64_t>(tile_count(row_count(args), args.outputs),
+                                                         device_limits(device).multiprocessors));
   visit(arithmetic, raw, [&](auto constant, auto pixel) {
     constexpr Arithmetic kArithmetic = decltype(constant)::value;
     if constexpr (sizeof(typename ElementOf<kArithmetic>::type) == 2) {

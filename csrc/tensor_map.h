@@ -7,7 +7,6 @@
 #else
 
 #include <cudaTypedefs.h>
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
@@ -15,24 +14,15 @@
 
 namespace fastvit {
 
-// A matrix (rows, columns) of 16-bit elements, contiguous, of which boxes of `box_rows` rows and
-// 128 bytes are copied in the places that tile_descriptor of ptx_hopper.cuh describes.
+// A matrix (rows, columns) of 16-bit elements, its rows `pitch` elements apart, of which boxes of
+// `box_rows` rows and 128 bytes are copied in the places that tile_descriptor of ptx_hopper.cuh
+// describes.
 inline CUtensorMap make_tensor_map(const void* data, bool bfloat16, int64_t rows, int64_t columns,
-                                   int box_rows) {
-  // Through the runtime, so that the module needs no libcuda to be loaded.
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &found),
-               "cudaGetDriverEntryPointByVersion");
-    if (found != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("cuTensorMapEncodeTiled: expected in the driver, got none");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
+                                   int64_t pitch, int box_rows) {
+  static const auto encode =
+      driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(pitch) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   CUtensorMap map;

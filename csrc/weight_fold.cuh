@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kFoldThreads)
     const double w = element_value(load_global(static_cast<const T*>(args.weight) + row + from));
     const FoldedChannel channel = args.channels[c];
     const double folded = channel.weight(w) * args.inverse_unit;
-    store_global(static_cast<T*>(args.folded) + row + k,
+    store_global(static_cast<T*>(args.folded) + blockIdx.x * args.folded_pitch + k,
                  round_element<T>(static_cast<float>(folded)));
     bias += channel.bias(w);
   }

@@ -31,7 +31,7 @@ from fastvit.ops import gpsa as _gpsa
 from fastvit.ops import gpsa_dropout as _gpsa_dropout
 from fastvit.ops import mhsa as _mhsa
 from fastvit.ops import patch_embed as _patch_embed
-from fastvit.ops.backend import Call, choose, requested
+from fastvit.ops.backend import Call, choose, choose_once, requested
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.ops.tokens import unpack_heads
 from fastvit.reference import ConvStage
@@ -319,18 +319,18 @@ def patch_embed(
     """
     cast = autocast_dtype(weight)
     check_patch_embed(images, weight, bias, pos_embed, cls_token, mean, std, cast is not None)
-    images, weight, bias = _cast(cast, images, weight, bias)
+    if cast is not None:
+        images, weight, bias = _cast(cast, images, weight, bias)
     asked = requested(backend)
-    if choose(Call("patch_embed", images.device, weight.dtype), asked) == "reference" or (
-        plain_ops_wanted()
-    ):
+    chosen = choose_once("patch_embed", images.device, weight.dtype, asked)
+    if chosen == "reference" or plain_ops_wanted():
         return _plain(
             reference.patch_embed, images, weight, bias,
             pos_embed=pos_embed, cls_token=cls_token, mean=mean, std=std,
         )  # fmt: skip
-    return _patch_embed.patch_embed(
-        images, weight, bias, pos_embed, cls_token, _floats(mean), _floats(std), asked
-    )
+    if mean is not None:
+        mean, std = _floats(mean), _floats(std)
+    return _patch_embed.patch_embed(images, weight, bias, pos_embed, cls_token, mean, std, asked)
 
 
 def _floats(values: Sequence[float] | None) -> list[float] | None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastvit
+from fastvit.ops import backend
 from fastvit.testing import agreement
 
 # Test shapes are small: more threads cost more than they give. The user's choice wins.
@@ -31,6 +33,12 @@ Tensors = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices() -> None:
+    """Tests change what is built and which GPUs there are; processes do not."""
+    backend._chosen.clear()
 
 
 @pytest.fixture
@@ -54,6 +62,18 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     return build.build(tmp_path_factory.mktemp("emulated-kernels"))
+
+
+@pytest.fixture
+def kernels(emulated: ModuleType) -> Iterator[Any]:
+    """The CUDA kernels on an emulated H100, called as cuda_kernels.py says."""
+    from cuda_kernels import H100, Kernels
+
+    emulated.set_device(*H100)
+    emulated.set_shuffle(0)
+    conflicts = emulated.bank_conflicts()
+    yield Kernels(emulated)
+    assert emulated.bank_conflicts() == conflicts, "matrix loads met bank conflicts"
 
 
 def _backward(out: Tensor, leaves: Mapping[str, Tensor], draw: int = 0) -> Tensors:

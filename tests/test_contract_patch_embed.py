@@ -234,7 +234,9 @@ class TestUint8:
     ):
         """In bfloat16 too no worse than twice the error of normalising and convolving."""
         p = problem(batch, channels, image, patch, dtype, uint8=True)
-        check_numbers(op, dense_patch_embed, [p])
+        # The oracle is a product, and PyTorch's convolution adds up in an order of its own: 4.6
+        # units in the last place of float32 where processors have AMX.
+        check_numbers(op, dense_patch_embed, [p], floors={"output": 4 * torch.finfo(dtype).eps})
 
     def test_every_gradient_in_float32_to_1e_5(self, op, differentiate):
         """The folded bias depends on the weight; forgetting that is an error of 2.5e-3."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator of CUDA that tests/test_cuda_kernels.py relies on: that it refuses kernels with
+"""The emulator of CUDA that tests/test_cuda_forward.py relies on: that it refuses kernels with
 faults which a GPU may not show, and that its warp instructions follow NVIDIA's PTX ISA.
 """
 

@@ -33,6 +33,8 @@ class Emulated:
         self.module = module
         #: Of the processor's module, which PyTorch's operators use.
         self.fold_uint8 = processor.fold_uint8
+        self.hopper_has_work = module.hopper_has_work
+        self.MOST_PIXEL_CHANNELS = module.MOST_PIXEL_CHANNELS
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.broken: str | None = None
 
@@ -148,6 +150,12 @@ def test_forward_and_every_gradient(native, dtype, uint8, layout):
         pytest.param({"patch": (16, 8), "width": 193, "pos_embed": None}, id="16x8, odd width"),
         pytest.param({"layout": torch.channels_last, **NOTHING_ADDED}, id="nhwc"),
         pytest.param({"bias": None, "batch": 1}, id="no bias"),
+        pytest.param({"patch": (14, 14), "image": (70, 56), "width": 200}, id="14x14"),
+        pytest.param({"patch": (7, 7), "image": (21, 28)}, id="7x7"),
+        pytest.param(
+            {"patch": (14, 14), "image": (70, 56), "layout": torch.channels_last},
+            id="14x14, nhwc",
+        ),
     ],
 )
 def test_the_hopper_kernel(native, dtype, uint8, changes):
@@ -167,8 +175,9 @@ def test_the_hopper_kernel_gives_the_same_bits_however_threads_are_ordered(nativ
 
 @pytest.mark.parametrize("kernels", [Kernels(False), Kernels(False, hopper=True)], ids=str)
 def test_what_the_hopper_kernel_does_not_take(native, kernels):
-    """Rows of the weight that do not begin at multiples of 16 bytes, float32, and few patches."""
+    """float32, and few patches, for which rows of a weight get no gaps either."""
     check_forward(kernels, problem(torch.bfloat16, patch=(7, 7), image=(21, 28)))
+    assert native.calls[-1][1][1].is_contiguous()
     check_forward(kernels, problem(torch.float32))
     check_forward(kernels, problem(torch.bfloat16))
     assert native.module.last_launch() == "patch_embed_kernel"
@@ -257,8 +266,9 @@ def test_a_broken_kernel_is_not_used(gpu, direction):
 
 def test_the_op_takes_what_is_trusted(gpu, monkeypatch):
     """The dispatch of the op, for a tensor that says it is on a GPU."""
-    tensor = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
-    monkeypatch.setattr(patch_embed, "choose", lambda call, asked: "native")
+    cuda = torch.device("cuda", 0)
+    tensor = types.SimpleNamespace(device=cuda, dtype=torch.float32, is_cpu=False)
+    monkeypatch.setattr(patch_embed, "choose_once", lambda *call: "native")
     monkeypatch.setattr(patch_embed_trust, "trusted_kernels", lambda *args: Kernels(True))
     assert patch_embed._implementation("forward", tensor, tensor, "auto") == Kernels(True)
     monkeypatch.setattr(patch_embed_trust, "trusted_kernels", lambda *args: None)

@@ -116,6 +116,33 @@ class TestPatchRows:
         expected = normalize_images(pixels, *(statistics or (None, None)), dtype)
         assert same_bits(actual, expected.view(1, 1, -1))
 
+    @pytest.mark.parametrize("interleaved", [False, True], ids=["planar", "interleaved"])
+    def test_every_value_in_bfloat16_whatever_the_statistics(self, native, interleaved):
+        """Arithmetic stands for the table where it gives its bits, and there alone."""
+        layout = torch.channels_last if interleaved else torch.contiguous_format
+        pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 8, 32).repeat(1, 3, 1, 1)
+        pixels = pixels.contiguous(memory_format=layout)
+        drawn = (torch.rand(100, 6) * 2).tolist()
+        extreme = [[0.5] * 6, [0.0, 0.0, 0.0, 1e-39, -1e-3, 1e30], [float("inf"), 0, 1, 1, 1, 1]]
+        for *mean, a, b, c in drawn + extreme:
+            for patch in ((8, 16), (4, 32)):
+                statistics = (mean, (a or 1.0, b, c))
+                actual = gather(native, pixels, patch, interleaved, torch.bfloat16, *statistics)
+                expected = expected_rows(pixels, patch, interleaved, torch.bfloat16, *statistics)
+                assert same_bits(actual, expected), statistics
+
+    @pytest.mark.parametrize("offset", [1, 2, 3, 5])
+    @pytest.mark.parametrize("width", [16, 48])
+    def test_bytes_to_bfloat16_at_any_offset(self, native, width, offset):
+        images = draw(1, 1, (1, 2 * 3 * 16 * 96 + offset), torch.uint8).flatten()[offset:]
+        images = images.view(2, 3, 16, 96)
+        memory = torch.full((images.numel() + offset,), float("nan"), dtype=torch.bfloat16)
+        rows = memory[offset:].view(2, -1, 3 * 8 * width)
+        native.patch_rows(images, 8, width, False, MEANS[:3], STDS[:3], rows, 1)
+        expected = expected_rows(images, (8, width), False, torch.bfloat16, MEANS[:3], STDS[:3])
+        assert same_bits(rows.contiguous(), expected)
+        assert memory[:offset].isnan().all()
+
     def test_nan_inf_and_zero_keep_their_bits(self, native):
         bits = torch.tensor([0x7FC12345, 0x7F800000, -0x800000, -0x80000000], dtype=torch.int32)
         images = bits.view(torch.float32).view(1, 1, 1, 4)

@@ -248,6 +248,26 @@ def choose(call: Call, name: str) -> str:
     return name
 
 
+#: Answers of :func:`choose_once`.
+_chosen: dict[tuple[str, torch.device, torch.dtype, str], str] = {}
+
+
+def choose_once(op: str, device: torch.device, dtype: torch.dtype, name: str) -> str:
+    """:func:`choose` for an op whose backend depends on nothing but device and dtype. What is built
+    and which GPUs there are does not change while a process runs, and asking takes microseconds.
+
+    Raises:
+        RuntimeError: as there, at every call.
+    """
+    if torch.compiler.is_compiling():
+        return choose(Call(op, device, dtype), name)
+    key = (op, device, dtype, name)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = choose(Call(op, device, dtype), name)
+    return found
+
+
 def _is_slow(call: Call, name: str) -> bool:
     """Whether ``auto`` passes over a backend that could: the interpreter is for tests."""
     return name == "triton" and call.device.type != "cuda"

@@ -81,7 +81,7 @@ def _candidate(
     )
     version = ".".join(triton.__version__.split(".")[:2])
     key = (
-        f"conv_stem/forward/{arithmetic}/{images}/{mode}/{size}/{launch}/{_hash()}/"
+        f"conv_stem/forward/{arithmetic}/{images}/{mode}/{size}/{launch}/{code()}/"
         f"{capability}/{version}"
     )
     check = functools.partial(_check, plan, device, dtype, raw, widths, strides, mode)
@@ -89,7 +89,8 @@ def _candidate(
 
 
 @functools.cache
-def _hash() -> str:
+def code() -> str:
+    """The kernels at hand, as keys name them."""
     folder = Path(fastvit.kernels.__file__).parent
     own = [__file__, conv_stem_triton.__file__, testing.__file__]
     shared = (folder / name for name in ("blocks.py", "configs.py"))

@@ -84,7 +84,7 @@ def _candidate(op: str, direction: str, plan: Plan, q: Tensor, grid_size: Grid |
     dtype = str(q.dtype).removeprefix("torch.")
     arithmetic = f"{dtype},{plan.precision}" if q.dtype == torch.float32 else dtype
     launch = ",".join(f"{name}{tuple(config)}".replace(" ", "") for name, config in kernels.items())
-    key = f"{op}/{direction}/{arithmetic}/d={d}/{size}/{launch}/{_hash()}/{capability}/{version}"
+    key = f"{op}/{direction}/{arithmetic}/d={d}/{size}/{launch}/{code()}/{capability}/{version}"
     small = plan._replace(kernels=kernels)
     check = functools.partial(_check, op, direction, small, q.device, q.dtype, tokens, d, grid)
     return Candidate(key, check)
@@ -113,7 +113,8 @@ def _small(N: int, grid_size: Grid | None) -> tuple[int, Grid | None]:
 
 
 @functools.cache
-def _hash() -> str:
+def code() -> str:
+    """The kernels at hand, as keys name them."""
     folder = Path(fastvit.kernels.__file__).parent
     own = [__file__, gpsa_triton.__file__, gpsa_dropout_triton.__file__, testing.__file__]
     kernels = (file for file in folder.glob("*.py") if not file.name.startswith("stem_"))

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvit.ops import patch_embed_cpu, patch_embed_torch
-from fastvit.ops.backend import Call, choose
+from fastvit.ops import patch_embed_cpu, patch_embed_torch, patch_embed_trust
+from fastvit.ops.backend import choose_once
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
@@ -19,17 +20,16 @@ from fastvit.ops.library import (
     register_gradient,
 )
 
+Floats = Sequence[float] | None
+
 
 def _implementation(direction: str, images: Tensor, weight: Tensor, asked: str) -> Any:
     """What has the forward and the backward of the backend that is to run."""
-    if choose(Call("patch_embed", images.device, weight.dtype), asked) != "native":
+    if choose_once("patch_embed", images.device, weight.dtype, asked) != "native":
         return patch_embed_torch
-    if images.device.type == "cpu":
+    if images.is_cpu:
         return patch_embed_cpu
-    # Only here: a processor needs none of it.
-    from fastvit.ops.patch_embed_trust import trusted_kernels
-
-    return trusted_kernels(direction, images, weight, asked) or patch_embed_torch
+    return patch_embed_trust.trusted_kernels(direction, images, weight, asked) or patch_embed_torch
 
 
 def _fake_forward(
@@ -46,11 +46,19 @@ _ARGUMENTS = (
 )
 
 
-@register(f"_patch_embed_forward({_ARGUMENTS}, str backend) -> Tensor", _fake_forward)
-def _patch_embed_forward(images: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    *arguments, asked = rest
+@register(f"_patch_embed_forward({_ARGUMENTS}, str backend) -> Tensor", _fake_forward, direct=True)
+def _patch_embed_forward(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    mean: Floats,
+    std: Floats,
+    asked: str,
+) -> Tensor:
     implementation = _implementation("forward", images, weight, asked)
-    return implementation.forward(images, weight, *arguments)
+    return implementation.forward(images, weight, bias, pos_embed, cls_token, mean, std)
 
 
 def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
@@ -61,6 +69,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
 @register(
     f"_patch_embed_backward(Tensor grad, {_ARGUMENTS}, bool[] wanted, str backend) -> Tensor[]",
     _fake_backward,
+    direct=True,
 )
 def _patch_embed_backward(grad: Tensor, images: Tensor, weight: Tensor, *rest: Any) -> Any:
     *arguments, asked = rest

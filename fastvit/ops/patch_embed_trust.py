@@ -52,7 +52,13 @@ _TILE = 128
 
 def _cases(device: torch.device) -> tuple[_Case, ...]:
     side = 4 * math.isqrt(2 * _TILE * patch_embed_cuda.multiprocessors(device))
-    return *_LAYOUTS, _Case("many tiles", (4, 4), (side, side + 4), 200)
+    half = side // 2
+    return (
+        *_LAYOUTS,
+        _Case("many tiles", (4, 4), (side, side + 4), 200),
+        # The rows of its weight begin at no multiples of 16 bytes.
+        _Case("many tiles of 2x2", (2, 2), (half, half + 2), 200),
+    )
 
 
 #: Kernels of calls that are trusted: they need not be named and looked up again.
@@ -66,7 +72,7 @@ def trusted_kernels(direction: str, images: Tensor, weight: Tensor, asked: str) 
         RuntimeError: they failed their check, and were ``asked`` for by name.
     """
     dtype, device = weight.dtype, weight.device
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and dtype == torch.float32
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     raw = images.dtype == torch.uint8
     call = (trust.generation(), direction, device, dtype, raw, tf32)
     found = _settled.get(call)
@@ -103,10 +109,17 @@ def _candidate(
     arithmetic = str(dtype).removeprefix("torch.") + (",tf32" if kernels.tf32 else "")
     pixels = "uint8" if raw else "float"
     path = "wgmma" if kernels.hopper else "mma"
+    key = f"patch_embed/{direction}/{arithmetic}/{pixels}/{path}/{code()}/{capability}"
+    check = functools.partial(_check, direction, kernels, device, dtype, raw)
+    if kernels.hopper:
+        return Candidate(key, check, instead="the portable CUDA kernel")
+    return Candidate(key, check)
+
+
+def code() -> str:
+    """The kernels at hand, as keys name them."""
     build = _native.load().build_info()
-    code = f"{_hash()}-{build['sources']}/nvcc-{build['nvcc']}"
-    key = f"patch_embed/{direction}/{arithmetic}/{pixels}/{path}/{code}/{capability}"
-    return Candidate(key, functools.partial(_check, direction, kernels, device, dtype, raw))
+    return f"{_hash()}-{build['sources']}/nvcc-{build['nvcc']}"
 
 
 @functools.cache

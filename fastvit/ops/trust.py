@@ -5,23 +5,31 @@ Most kernels are written where no GPU runs them, and users own GPUs that the aut
 trusted is a specialisation, named by a key: op, direction, dtype, sizes, launch configuration, a
 hash of the sources, compute capability and Triton's version. It is trusted if its key stands in
 ``verified.json``, which comes with the package, or if a small comparison with PyTorch passed when
-it was first needed; the outcome is kept in a file of the user's cache.
+it was first needed; the outcome is kept in a file of the user's cache. While a check runs, a file
+beside that one says so, and is locked: where the process does not live to see the end, because the
+kernel hung or crashed it, the next one finds the file without its lock and takes that for the
+outcome.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from fastvit import _native
 from fastvit.testing import Agreement
 
 _VERIFIED = Path(__file__).resolve().parent.parent / "verified.json"
@@ -32,6 +40,8 @@ class Candidate(NamedTuple):
 
     key: str
     check: Callable[[], Iterable[Agreement]]
+    #: What serves where it is not trusted.
+    instead: str = "the torch backend"
 
 
 class _Verdicts:
@@ -40,14 +50,17 @@ class _Verdicts:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.known: dict[str, str] | None = None
+        #: The part of it that nobody was told: checks that their processes did not survive.
+        self.died: dict[str, str] = {}
         #: Found by this process, for :func:`verified_here`.
         self.found: dict[str, str] = {}
         self.generation = 0
 
     def load(self) -> dict[str, str]:
         if self.known is None:
-            shipped = _read(_VERIFIED)
-            self.known = {**_read(_cache_file()), **dict.fromkeys(shipped, "")}
+            kept = {**_read(_cache_file()), **dict.fromkeys(_read(_VERIFIED), "")}
+            self.died = _died(kept)
+            self.known = {**self.died, **kept}
         return self.known
 
     def record(self, key: str, verdict: str, lasting: bool) -> None:
@@ -77,16 +90,13 @@ def trusts(candidate: Candidate, asked: str) -> bool:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 # A check copies to the host, which a capture forbids.
                 return asked != "auto"
-            known, lasting = _run(candidate)
-            _verdicts.record(candidate.key, known, lasting)
-            if known and asked == "auto":
-                warnings.warn(
-                    f"fastvit: a kernel disagrees with PyTorch on this machine and is not "
-                    f"used; the torch backend serves instead. {candidate.key}: {known} "
-                    f"(kept in {_cache_file()}; deleting the file repeats the check)",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            with _marked(candidate.key):
+                known, lasting = _run(candidate)
+                _verdicts.record(candidate.key, known, lasting)
+            _warn(candidate, asked, "disagrees with PyTorch")
+        elif candidate.key in _verdicts.died:
+            _bury(candidate.key, _verdicts.died.pop(candidate.key))
+            _warn(candidate, asked, "did not finish its check")
     if known and asked != "auto":
         raise RuntimeError(
             f"backend: {asked!r} was asked for, but its kernel failed the check on this machine; "
@@ -95,16 +105,39 @@ def trusts(candidate: Candidate, asked: str) -> bool:
     return not known
 
 
+def _warn(candidate: Candidate, asked: str, what: str) -> None:
+    finding = _verdicts.load()[candidate.key]
+    if finding and asked == "auto":
+        warnings.warn(
+            f"fastvit: a kernel {what} on this machine and is not used; {candidate.instead} "
+            f"serves instead. {candidate.key}: {finding} "
+            f"(kept in {_cache_file()}; deleting the file repeats the check)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _run(candidate: Candidate) -> tuple[str, bool]:
     """The verdict, and whether it holds for later processes, too."""
     try:
         results = list(candidate.check())
     except Exception as error:  # whatever a kernel or its compiler raises is the finding
-        # Memory may have been short this time.
-        return f"{type(error).__name__}: {error}", False
+        # Memory may have been short this time; what breaks the GPU for the process is no chance.
+        return f"{type(error).__name__}: {error}", _gpu_is_lost()
     if not results:
         return "the check compared nothing", True
     return "; ".join(str(result) for result in results if not result.ok), True
+
+
+def _gpu_is_lost() -> bool:
+    """Whether a kernel has made an error after which CUDA refuses everything else."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def is_known(candidate: Candidate) -> bool:
@@ -125,15 +158,37 @@ def verified_here() -> dict[str, str]:
 
 
 def verdicts() -> dict[str, str]:
-    """All that is known, from the package, from earlier processes and from this one."""
+    """What is known of the kernels at hand, from the package, from earlier processes and from this
+    one. The cache may have more: verdicts on other versions of the kernels, which other
+    environments may be using.
+    """
     with _verdicts.lock:
-        return dict(_verdicts.load())
+        known = dict(_verdicts.load())
+    # Naming the kernels imports them.
+    codes = _codes() if known else []
+    return {key: known[key] for key in known if any(f"/{code}/" in key for code in codes)}
+
+
+def _codes() -> list[str]:
+    """What the keys of the kernels at hand have in them, of those that are there at all."""
+    # They import this module.
+    found = []
+    if _native.reason() is None:
+        from fastvit.ops import patch_embed_trust
+
+        found.append(patch_embed_trust.code())
+    if importlib.util.find_spec("triton") is not None:
+        from fastvit.ops import conv_stem_trust, gpsa_trust
+
+        found += [gpsa_trust.code(), conv_stem_trust.code()]
+    return found
 
 
 def forget() -> None:
     """Drop what this process knows, as after a change of the cache's place."""
     with _verdicts.lock:
         _verdicts.known = None
+        _verdicts.died = {}
         _verdicts.found = {}
         _verdicts.generation += 1
 
@@ -181,3 +236,89 @@ def _add_to_cache(key: str, verdict: str) -> None:
         os.replace(name, file)
     except OSError:
         return
+
+
+@contextmanager
+def _marked(key: str) -> Iterator[None]:
+    """Leave a trace of a check that this process may not survive, for :func:`_died`. Where nothing
+    can be written, or locked, there is none.
+    """
+    marker = _write_marker(key)
+    try:
+        yield
+    finally:
+        if marker is not None:
+            descriptor, file = marker
+            _remove(file)
+            os.close(descriptor)
+
+
+def _write_marker(key: str) -> tuple[int, Path] | None:
+    directory = cache_directory()
+    name = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=directory, suffix=".tmp")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(descriptor, json.dumps({"key": key, "pid": os.getpid(), "at": started}).encode())
+        # Its name comes last: others find it whole and locked.
+        file = Path(name).with_suffix(_MARKER)
+        os.rename(name, file)
+    except OSError:
+        if name is not None:
+            os.close(descriptor)
+            _remove(Path(name))
+        return None
+    return descriptor, file
+
+
+#: Of the file that is there, and locked, while a check runs.
+_MARKER = ".check"
+
+
+def _abandoned() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The markers that nobody holds, with what they say."""
+    for file in sorted(cache_directory().glob(f"*{_MARKER}")):
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # One whose check ended between the two calls is no file any more.
+            if os.fstat(descriptor).st_nlink:
+                yield file, _read(file)
+        except OSError:
+            # It is held: the check is running.
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def _died(kept: Container[str]) -> dict[str, str]:
+    """The checks whose processes ended before them, in words, but for those that were made again:
+    what these left behind is removed.
+    """
+    found = {}
+    for file, marker in _abandoned():
+        key = str(marker.get("key"))
+        if key in kept:
+            _remove(file)
+        else:
+            found[key] = (
+                f"process {marker.get('pid')}, which began the check at {marker.get('at')}, ended "
+                "before it did: the kernel crashed or hung, or the process was killed"
+            )
+    return found
+
+
+def _bury(key: str, finding: str) -> None:
+    """Make a check that its process did not survive a verdict like others."""
+    _add_to_cache(key, finding)
+    _died(_read(_cache_file()))
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()

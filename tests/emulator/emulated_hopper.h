@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <map>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -15,16 +16,20 @@
 
 namespace fastvit {
 
-// A matrix (rows, columns) of 16-bit elements, copied in boxes of box_rows rows and 128 bytes.
+// A matrix (rows, columns) of 16-bit elements, its rows `pitch` elements apart, copied in boxes of
+// box_rows rows and 128 bytes.
 struct TensorMap {
   const uint16_t* data;
-  int64_t rows, columns;
+  int64_t rows, columns, pitch;
   int box_rows;
 };
 
 inline TensorMap make_tensor_map(const void* data, bool, int64_t rows, int64_t columns,
-                                 int box_rows) {
-  return {static_cast<const uint16_t*>(data), rows, columns, box_rows};
+                                 int64_t pitch, int box_rows) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || pitch % 8 != 0) {
+    throw std::runtime_error("tensor map of rows that do not begin at multiples of 16 bytes");
+  }
+  return {static_cast<const uint16_t*>(data), rows, columns, pitch, box_rows};
 }
 
 inline void prefetch_map(const TensorMap&) {}
@@ -127,7 +132,7 @@ inline void copy_box(uint32_t to, const TensorMap& map, int column, int row, uin
     for (int c = 0; c < 64; ++c) {
       uint16_t element = 0;
       if (row + r < map.rows && column + c < map.columns) {
-        const uint16_t* from = map.data + (row + r) * map.columns + column + c;
+        const uint16_t* from = map.data + (row + r) * map.pitch + column + c;
         emulator::check_global_read(from, sizeof element);
         element = *from;
       }
