@@ -47,9 +47,8 @@ def forward(p: Problem) -> tuple[tuple[str, Config], ...]:
 
 def first(arch: str, arithmetic: str, out: int) -> Config:
     """The first convolution, to ``out`` channels."""
-    if arithmetic == "ieee":
-        return Config(rows=64, keys=_blocks(out, (64, 32)), warps=8)
-    return Config(rows=64, keys=_blocks(out, (64, 32)))
+    warps = 4 if arithmetic == "half" else 8
+    return Config(rows=64, keys=_blocks(out, (64, 32)), warps=warps)
 
 
 def pair(arch: str, arithmetic: str, images: int, channels: int, out: int) -> Config | None:
