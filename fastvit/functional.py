@@ -31,7 +31,7 @@ from fastvit.ops import gpsa as _gpsa
 from fastvit.ops import gpsa_dropout as _gpsa_dropout
 from fastvit.ops import mhsa as _mhsa
 from fastvit.ops import patch_embed as _patch_embed
-from fastvit.ops.backend import Call, choose, choose_once, requested
+from fastvit.ops.backend import choose, choose_once, requested
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.ops.tokens import unpack_heads
 from fastvit.reference import ConvStage

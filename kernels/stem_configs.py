@@ -47,9 +47,8 @@ def forward(p: Problem) -> tuple[tuple[str, Config], ...]:
 
 def first(arch: str, arithmetic: str, out: int) -> Config:
     """The first convolution, to ``out`` channels."""
-    if arithmetic == "ieee":
-        return Config(rows=64, keys=_blocks(out, (64, 32)), warps=8)
-    return Config(rows=64, keys=_blocks(out, (64, 32)))
+    warps = 4 if arithmetic == "half" else 8
+    return Config(rows=64, keys=_blocks(out, (64, 32)), warps=warps)
 
 
 def pair(arch: str, arithmetic: str, images: int, channels: int, out: int) -> Config | None:
@@ -65,8 +64,9 @@ def pair(arch: str, arithmetic: str, images: int, channels: int, out: int) -> Co
         keys, pieces = _pieces(out), _pieces(channels)
         return Config(rows=128, keys=keys, channels=pieces, warps=8, stages=2)
     if wide or arch not in _FROM_SHARED_MEMORY:
-        keys, pieces = (_power(out),), (max(32, _power(channels)),)
-        return Config(rows=64, keys=keys, channels=pieces, warps=8, stages=2)
+        # Fewer channels than 64 would spread the wide tile of taps over few threads, and spill.
+        pieces = (64 if wide else max(32, _power(channels)),)
+        return Config(rows=64, keys=(_power(out),), channels=pieces, warps=8, stages=2)
     # Halves of the first's channels are in registers one after the other.
     return Config(rows=128, keys=(64, 64), channels=(32, 32), warps=8, stages=2)
 
@@ -75,32 +75,43 @@ def conv(
     arch: str, arithmetic: str, positions: int, channels: int, out: int, activates: bool
 ) -> Config:
     """A later convolution of ``channels`` to ``out``; ``activates`` what it reads, in training."""
-    return _product(arch, arithmetic, positions, channels, out, activates)
+    # In the product of the tokens 256 channels spill.
+    sizes = (256, 192, 128, 96, 64, 32) if arch == "sm_90" else (192, 128, 96, 64, 32)
+    return _product(arch, arithmetic, positions, channels, out, activates, sizes)
 
 
 def tokens(
     arch: str, arithmetic: str, positions: int, channels: int, out: int, activates: bool
 ) -> Config:
     """The last convolution, a product of ``channels`` and ``out``."""
-    return _product(arch, arithmetic, positions, channels, out, activates)
+    sizes = (192, 128, 96, 64, 32)
+    return _product(arch, arithmetic, positions, channels, out, activates, sizes)
 
 
 def _product(
-    arch: str, arithmetic: str, positions: int, channels: int, out: int, activates: bool
+    arch: str,
+    arithmetic: str,
+    positions: int,
+    channels: int,
+    out: int,
+    activates: bool,
+    sizes: tuple[int, ...],
 ) -> Config:
     if arithmetic == "ieee":
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(16,), warps=8, stages=2)
     if arithmetic == "tf32":
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(32,), stages=3)
-    sizes: tuple[int, ...] = (128, 96, 64, 32)
-    if arch in _FROM_SHARED_MEMORY:
-        sizes = (256, 192, *sizes) if arch == "sm_90" else (192, *sizes)
-    keys, steps = _blocks(out, sizes), _steps(arch, channels, activates)
-    large = Config(rows=128, keys=keys, channels=steps, warps=8, stages=3)
-    if positions * out >= 128 * sum(keys) * _MULTIPROCESSORS[arch]:
-        return large
-    # Few positions: smaller tiles keep more multiprocessors busy.
-    return large._replace(rows=64, keys=_blocks(out, (64, 32)), warps=4)
+    shared = arch in _FROM_SHARED_MEMORY
+    keys = _blocks(out, sizes if shared else (128, 96, 64, 32))
+    config = Config(rows=64, keys=keys, channels=_steps(arch, channels, activates), stages=3)
+    if positions * out < 128 * sum(keys) * _MULTIPROCESSORS[arch]:
+        # Few positions: smaller tiles keep more multiprocessors busy.
+        return config._replace(keys=_blocks(out, (64, 32)))
+    # More rows would spill, and of narrow steps fewer.
+    few = activates and not shared and len(keys) > 1 and channels > 48
+    if sum(keys) <= 64 or few:
+        return config
+    return config._replace(rows=128, warps=8)
 
 
 def _pieces(size: int) -> tuple[int, ...]:

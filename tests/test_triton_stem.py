@@ -421,6 +421,19 @@ def test_compiled(launches) -> None:
     assert launches["stem_tokens"] == 2
 
 
+def test_compiled_for_any_size(launches) -> None:
+    """With the sizes of the images symbolic."""
+    torch._dynamo.reset()
+    layer = fastvit.ConvStem(3, (8, 16), (2, 2), 24, backend="triton").to(DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    layer.eval()
+    with torch.no_grad():
+        for shape in ((2, 3, 11, 8), (3, 3, 6, 13)):
+            x = torch.randn(shape, device=DEVICE)
+            assert torch.equal(compiled(x), layer(x))
+    assert launches["stem_tokens"] == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
