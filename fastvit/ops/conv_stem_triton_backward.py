@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward of the convolutional stem by the Triton kernels.
+
+Two tensors a stage are read and one is written: the raw output of its convolution, which the
+forward kept, and the gradient before its ReLU. What lies between them is computed where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels import stem_gradient_configs as configs
+from fastvit.kernels.stem_image_gradient import stem_image_gradient
+from fastvit.kernels.stem_input_gradient import stem_input_gradient
+from fastvit.kernels.stem_sums import stem_norm_gradient, stem_weight_sum
+from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
+from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
+from fastvit.ops.gpsa_triton import architecture, precision
+from fastvit.ops.library import picked
+from fastvit.ops.tokens import wide
+from fastvit.ops.uint8_fold import fold_numbers
+from fastvit.reference import normalize_images
+
+#: Channels of images that the first convolution's gradient takes nine at a time, as one column of a
+#: product each; images of more are read like any other map.
+IMAGE_CHANNELS = 7
+
+
+class _Setting(NamedTuple):
+    """What every kernel is told."""
+
+    arch: str
+    #: "half", "tf32" or "ieee".
+    arithmetic: str
+    precision: str
+    training: bool
+    eps: float
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    raw: Tensors,
+    stages: Stages,
+    training: bool,
+    eps: float,
+    mean: Floats,
+    std: Floats,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """What :func:`fastvit.ops.conv_stem_torch.backward` gives."""
+    depth = len(raw)
+    inputs = (x, proj_weight, proj_bias, pos_embed, cls_token)
+    learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
+    if grad.numel() == 0:
+        tensors = (*inputs, *learned)
+        return [t.new_zeros(t.shape) for t, w in zip(tensors, wanted, strict=True) if w]
+    arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
+    setting = _Setting(architecture(x.device), arithmetic, precision(), training, eps)
+    norms = [
+        [t.contiguous() for t in norm]
+        for norm in zip(
+            stages.bn_weights, stages.bn_biases, stages.means, stages.variances, strict=True
+        )
+    ]
+    dproj_bias, dpos, dcls = _token_sums(grad, proj_bias, pos_embed, cls_token, wanted[2:5])
+    dtokens = grad if cls_token is None else grad[:, 1:]
+    if dtokens.stride(-1) != 1:
+        dtokens = dtokens.contiguous()
+    stage_wanted = [any(wanted[5 + i :: depth]) for i in range(depth)]
+    # Frozen stages below the first that is learned cost nothing.
+    first = 0 if wanted[0] else (stage_wanted.index(True) if any(stage_wanted) else depth)
+    dimage = dproj = None
+    gradients: list[tuple[Tensor | None, ...]] = [(None, None, None)] * depth
+    with torch.cuda.device_of(x):
+        if wanted[1]:
+            dproj = _weight_gradient(
+                setting, dtokens, None, None, 1, raw[-1], norms[-1], proj_weight
+            )
+        if first < depth:
+            dz, partials = _input_gradient(
+                setting, dtokens, None, None, proj_weight.flatten(1).contiguous(), 1,
+                raw[-1], norms[-1],
+            )  # fmt: skip
+        for i in reversed(range(first, depth)):
+            weight, stride, count = stages.weights[i], stages.strides[i], raw[i][:, 0].numel()
+            dgamma, dbeta = (torch.empty_like(t) for t in norms[i][:2])
+            k = stem_norm_gradient(partials, norms[i], eps, count, dgamma, dbeta)
+            dweight = None
+            if wanted[5 + i]:
+                if i:
+                    dweight = _weight_gradient(
+                        setting, dz, raw[i], k, stride, raw[i - 1], norms[i - 1], weight
+                    )
+                else:
+                    dweight = _first_gradient(setting, dz, raw[0], k, stride, x, mean, std, weight)
+            if i > first:
+                dz, partials = _input_gradient(
+                    setting, dz, raw[i], k, channels_last(weight), stride, raw[i - 1], norms[i - 1]
+                )
+            elif wanted[0]:
+                dimage = x.new_empty(x.shape)
+                config = configs.input_gradient(
+                    setting.arch, setting.arithmetic, weight.shape[0], x.shape[1]
+                )
+                stem_input_gradient(
+                    dz, raw[i], k, channels_last(weight), stride, None, None, eps, dimage,
+                    training, setting.precision, config,
+                )  # fmt: skip
+            gradients[i] = dweight, dgamma, dbeta
+    dweights, dgammas, dbetas = zip(*gradients, strict=True)
+    results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
+    return picked(wanted, results)
+
+
+def _token_sums(
+    grad: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the bias, the positions and the class token: all from one sum over images."""
+    found: list[Tensor | None] = [None, None, None]
+    if not any(wanted):
+        return None, None, None
+    total = grad.sum(0, keepdim=True, dtype=wide(grad.dtype))
+    if proj_bias is not None and wanted[0]:
+        found[0] = total[:, 0 if cls_token is None else 1 :].sum((0, 1)).to(proj_bias.dtype)
+    if pos_embed is not None and wanted[1]:
+        found[1] = total[:, total.shape[1] - pos_embed.shape[1] :].to(pos_embed.dtype, copy=True)
+    if cls_token is not None and wanted[2]:
+        found[2] = total[:, :1].to(cls_token.dtype, copy=True)
+    return found[0], found[1], found[2]
+
+
+def _input_gradient(
+    setting: _Setting,
+    dz: Tensor,
+    raw: Tensor | None,
+    coefficients: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    below: Tensor,
+    norm: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the ReLU that follows ``below``, and its sums in parts."""
+    out, channels = weight.shape[:2]
+    config = configs.input_gradient(setting.arch, setting.arithmetic, out, channels)
+    dx = torch.empty_strided(
+        below.shape, below.stride(), dtype=below.dtype, device=below.device
+    )
+    partials = stem_input_gradient(
+        dz, raw, coefficients, weight, stride, below, norm, setting.eps, dx, setting.training,
+        setting.precision, config,
+    )  # fmt: skip
+    return dx, partials
+
+
+def _weight_gradient(
+    setting: _Setting,
+    dz: Tensor,
+    raw: Tensor | None,
+    coefficients: Tensor | None,
+    stride: int,
+    below: Tensor,
+    norm: Sequence[Tensor] | None,
+    weight: Tensor,
+) -> Tensor:
+    out, channels, *sides = weight.shape
+    taps = sides[0] * sides[1]
+    config = configs.weight_gradient(setting.arch, setting.arithmetic, out, channels, taps)
+    partials = stem_weight_gradient(
+        dz, raw, coefficients, stride, below, norm, setting.eps, setting.training,
+        setting.precision, config,
+    )  # fmt: skip
+    dweight = weight.new_empty(weight.shape)
+    stem_weight_sum(partials, dweight, None, None)
+    return dweight
+
+
+def _first_gradient(
+    setting: _Setting,
+    dz: Tensor,
+    raw: Tensor,
+    coefficients: Tensor,
+    stride: int,
+    x: Tensor,
+    mean: Floats,
+    std: Floats,
+    weight: Tensor,
+) -> Tensor:
+    """Of the weights of the first convolution, which reads the images."""
+    if x.shape[1] > IMAGE_CHANNELS:
+        images = channels_last(normalize_images(x, mean, std, weight.dtype))
+        return _weight_gradient(setting, dz, raw, coefficients, stride, images, None, weight)
+    centers = shifts = scales = None
+    if x.dtype == torch.uint8:
+        centers, shifts, scales = fold_numbers(mean, std, x.shape[1])
+    config = configs.image_gradient(setting.arch, setting.arithmetic, weight.shape[0])
+    partials = stem_image_gradient(
+        dz, raw, coefficients, x, centers, stride, setting.training, setting.precision, config
+    )
+    dweight = weight.new_empty(weight.shape)
+    stem_weight_sum(partials, dweight, shifts, scales)
+    return dweight
