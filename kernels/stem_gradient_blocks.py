@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gradients of the convolutional stem share: the way back through ReLU and batch norm.
 
-With dz the gradient before the ReLU and raw the sums of the convolution, which were normalised,
-the gradient of the sums is
+With dz the gradient before the ReLU and raw the sums of the convolution, which were normalised by
+the statistics of the batch, the gradient of the sums is
 
     k1 dz + k2 raw + k3
 
-with three numbers a channel, ``coefficients`` (3, C), that ``stem_norm_gradient`` makes from sums
-over all positions. So dz and raw are kept, and what follows from them is made where it is read.
+with three numbers a channel, ``coefficients`` (3, C), that ``stem_sums`` makes of sums over all
+positions. With fixed statistics it is k1 dz.
 """
 
 from __future__ import annotations
@@ -15,41 +15,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .stem_blocks import load_channels, load_vectors
+from .stem_blocks import load_channels
+
+
+@triton.jit
+def load_coefficients(p_k, o_c, C: tl.constexpr):
+    """k1, k2 and k3 of the channels ``o_c``."""
+    m_c = o_c < C
+    b_k1 = tl.load(p_k + o_c, mask=m_c, other=0.0)
+    b_k2 = tl.load(p_k + C + o_c, mask=m_c, other=0.0)
+    b_k3 = tl.load(p_k + 2 * C + o_c, mask=m_c, other=0.0)
+    return b_k1, b_k2, b_k3
 
 
 @triton.jit
 def load_raw_gradient(
-    p_dz, p_raw, p_k, o_dz, o_row, m_row, start, C: tl.constexpr, CHUNKS: tl.constexpr,
-    TRAINING: tl.constexpr, DOT_F32: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the sums in the dtype of dz, zero where there is nothing: channels from
-    ``start`` on, of dz at the offsets ``o_dz`` and of raw at ``o_row``.
-
-    With fixed statistics (not TRAINING) k1 dz; without coefficients dz.
+    p_dz, p_raw, k, o_row, m_row, start, C: tl.constexpr, BLOCK: tl.constexpr, DOT_F32: tl.constexpr
+):
+    """The gradient of the sums as [ROWS, BLOCK] in the dtype of dz, zero where there is nothing:
+    channels from ``start`` on at the offsets ``o_row``. Without raw, dz is that already.
     """
-    b_dz = load_channels(p_dz, o_dz, m_row, start, C, CHUNKS, False)
-    tiles = ()
-    for c in tl.static_range(len(CHUNKS)):
-        # [ROWS, CHUNKS[c]]
-        b_x = b_dz[c]
-        if p_k is not None:
-            b_k1 = load_vectors(p_k, start, C, (tl.constexpr(CHUNKS[c]),))[0]
-            b_x = b_x.to(tl.float32) * b_k1[None, :]
-            if TRAINING:
-                b_k2 = load_vectors(p_k + C, start, C, (tl.constexpr(CHUNKS[c]),))[0]
-                b_k3 = load_vectors(p_k + 2 * C, start, C, (tl.constexpr(CHUNKS[c]),))[0]
-                b_raw = load_channels(
-                    p_raw, o_row, m_row, start, C, (tl.constexpr(CHUNKS[c]),), False
-                )[0]
-                b_x += b_raw.to(tl.float32) * b_k2[None, :] + b_k3[None, :]
-                b_x = tl.where(m_row[:, None], b_x, 0.0)
-        b_x = b_x.to(p_dz.dtype.element_ty)
-        if DOT_F32:
-            b_x = b_x.to(tl.float32)
-        tiles = tiles + (b_x,)
-        start += CHUNKS[c]
-    return tiles
+    b_g = load_channels(p_dz, o_row, m_row, start, C, (BLOCK,), False)[0]
+    if p_raw is not None:
+        b_k1, b_k2, b_k3 = k
+        b_raw = load_channels(p_raw, o_row, m_row, start, C, (BLOCK,), False)[0]
+        b_d = b_raw.to(tl.float32) * b_k2[None, :] + b_k3[None, :]
+        b_d += b_g.to(tl.float32) * b_k1[None, :]
+        b_g = tl.where(m_row[:, None], b_d, 0.0).to(p_dz.dtype.element_ty)
+    if DOT_F32:
+        b_g = b_g.to(tl.float32)
+    return b_g
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .blocks import INTERPRETED
 from .stem_blocks import image_columns, load_image_taps, places, power, row_offsets
-from .stem_gradient_blocks import load_raw_gradient
+from .stem_gradient_blocks import load_coefficients, load_raw_gradient
 
 
 @triton.jit
@@ -52,7 +52,6 @@ def stem_image_gradient_kernel(
     ROWS: tl.constexpr,
     OUTS: tl.constexpr,
     K: tl.constexpr,
-    TRAINING: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
@@ -64,6 +63,9 @@ def stem_image_gradient_kernel(
     i_s = tl.program_id(1)
     start = tl.program_id(0) * OUTS
     columns = image_columns(x_strides, K)
+    k = None
+    if raw is not None:
+        k = load_coefficients(coefficients, start + tl.arange(0, OUTS), OUT)
     acc = tl.zeros([OUTS, K], tl.float32)
     b_inside = tl.zeros([OUTS, 16], tl.float32)
     tiles = ((tl.cast(B, tl.int64) * OH * OW + ROWS - 1) // ROWS).to(tl.int32)
@@ -71,9 +73,7 @@ def stem_image_gradient_kernel(
         o_b, o_y, o_x, m_p = places(tl.cast(i_t, tl.int32), B, OH, OW, ROWS)
         o_row = row_offsets(o_b, o_y, o_x, OH, OW, OUT)
         # [ROWS, OUTS]
-        b_g = load_raw_gradient(
-            dz, raw, coefficients, o_row, o_row, m_p, start, OUT, (OUTS,), TRAINING, DOT_F32
-        )[0]
+        b_g = load_raw_gradient(dz, raw, k, o_row, m_p, start, OUT, OUTS, DOT_F32)
         # [ROWS, K]
         b_x = load_image_taps(
             x, o_b, o_y, o_x, m_p, x_strides, H, W, factors, centers, columns,
@@ -95,12 +95,13 @@ def stem_image_gradient_kernel(
         tl.store(p_p + (9 * C + o_t)[None, :] * OUT, b_inside, mask=m_w)
 
 
-def stem_image_gradient(dz, raw, coefficients, x, centers, stride, training, precision, config):
-    """The gradient of the first convolution's weights in parts, in float32: (parts, 9 C, OUT), and
-    with ``centers``, one integer for each channel of uint8 images, (parts, 9 C + 9, OUT).
+def stem_image_gradient(dz, raw, coefficients, x, centers, stride, dtype, precision, config):
+    """The gradient of the first convolution's weights in parts: (parts, 9 C, OUT), and with
+    ``centers``, one integer for each channel of uint8 images, (parts, 9 C + 9, OUT); ``dtype`` is
+    float32.
 
-    dz, raw and ``coefficients`` are those of :func:`stem_input_gradient`; x (B, C, H, W) has any
-    strides.
+    dz and raw (B, OUT, OH, OW) have channels innermost in memory; without raw and ``coefficients``
+    (3, OUT), dz is the gradient of raw. x (B, C, H, W) has any strides.
     """
     B, C, H, W = x.shape
     _, OUT, OH, OW = dz.shape
@@ -111,7 +112,7 @@ def stem_image_gradient(dz, raw, coefficients, x, centers, stride, training, pre
     each = triton.cdiv(tiles, config.groups)
     programs = triton.cdiv(tiles, each)
     height = 9 * C if centers is None else 9 * C + 9
-    partials = coefficients.new_empty(programs, height, OUT)
+    partials = dz.new_empty(programs, height, OUT, dtype=dtype)
     outs = config.keys[0]
     stem_image_gradient_kernel[(triton.cdiv(OUT, outs), programs)](
         dz=dz,
@@ -134,7 +135,6 @@ def stem_image_gradient(dz, raw, coefficients, x, centers, stride, training, pre
         ROWS=config.rows,
         OUTS=outs,
         K=power(9 * C),
-        TRAINING=training,
         PRECISION=precision,
         DOT_F32=INTERPRETED,
         num_warps=config.warps,

@@ -13,14 +13,12 @@ import triton.language as tl
 
 from .blocks import INTERPRETED, add_product, zero_rows
 from .stem_blocks import affine, load_channels, places, row_offsets
-from .stem_gradient_blocks import load_raw_gradient, through_relu
+from .stem_gradient_blocks import through_relu
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "OH", "OW", "TILES"])
 def stem_input_gradient_kernel(
-    dz,
-    raw,
-    coefficients,
+    grad,
     weight,
     below,
     gamma,
@@ -29,7 +27,7 @@ def stem_input_gradient_kernel(
     variance,
     dx,
     partials,
-    dz_strides,
+    grad_strides,
     eps,
     B,
     H,
@@ -46,15 +44,15 @@ def stem_input_gradient_kernel(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
-    TRAINING: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
     """TILES tiles of ROWS pixels of dx, one after the other, for one block of channels.
 
-    Below a batch norm (``below`` is its input) dx is the gradient before its ReLU, (B, H, W, C), and
-    partials (2, programs, C) get the sums of it and of it times (below - mean). Else dx is that of
-    images (B, C, H, W).
+    Below a batch norm, which read ``below``, dx (B, H, W, C) is the gradient before the ReLU, and
+    partials (2, programs, C) get the sums of it and of it times (below - mean); SCALED, dx is then
+    multiplied by the norm's scale. Else dx is that of images (B, C, H, W).
     """
     KINDS: tl.constexpr = STRIDE * STRIDE
     STEPS: tl.constexpr = (OUT + DEPTH - 1) // DEPTH
@@ -86,6 +84,10 @@ def stem_input_gradient_kernel(
         else:
             last_y, last_x, taps_y, taps_x = i_py, i_px, 1 + i_py, 1 + i_px
 
+        if TAPS == 1:
+            o_row = (o_b * grad_strides[0] + (o_y * OW + o_x) * grad_strides[1]) * UNIT
+        else:
+            o_row = row_offsets(o_b, o_y + last_y, o_x + last_x, OH, OW, OUT)
         acc = zero_rows(ROWS, CHUNKS)
         for i_k in range(taps_y * taps_x * STEPS):
             i_ty = i_k // STEPS // taps_x
@@ -93,20 +95,15 @@ def stem_input_gradient_kernel(
             o_oy = o_y + (last_y - i_ty)
             o_ox = o_x + (last_x - i_tx)
             m_o = m_p & (o_oy >= 0) & (o_oy < OH) & (o_ox >= 0) & (o_ox < OW)
+            back = (i_ty * OW + i_tx) * OUT
             # Kind 0 is read by the middle tap alone, kind 1 by the two beside it.
             tap = 0
             if TAPS == 9:
                 tap = (i_ty * STRIDE + STRIDE - 1 - last_y * (STRIDE - 1)) * 3
                 tap += i_tx * STRIDE + STRIDE - 1 - last_x * (STRIDE - 1)
-            o_row = row_offsets(o_b, o_oy, o_ox, OH, OW, OUT)
-            o_dz = o_row
-            if TAPS == 1:
-                o_dz = (o_b * dz_strides[0] + (o_oy * OW + o_ox) * dz_strides[1]) * UNIT
             k_start = i_k % STEPS * DEPTH
             # [ROWS, DEPTH]
-            b_g = load_raw_gradient(
-                dz, raw, coefficients, o_dz, o_row, m_o, k_start, OUT, (DEPTH,), TRAINING, DOT_F32
-            )[0]
+            b_g = load_channels(grad - back, o_row, m_o, k_start, OUT, (DEPTH,), DOT_F32)[0]
             # [DEPTH, CHUNKS[c]]
             o_k = k_start + tl.arange(0, DEPTH)
             b_w = load_channels(
@@ -125,11 +122,14 @@ def stem_input_gradient_kernel(
                 o_c = first + tl.arange(0, CHUNKS[c])
                 b_scale, b_shift = affine(gamma, beta, mean, variance, o_c, eps, C)
                 b_mean = tl.load(mean + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-                b_dx = through_relu(acc[c], b_raw[c], b_scale, b_shift).to(dx.dtype.element_ty)
+                b_dx = through_relu(acc[c], b_raw[c], b_scale, b_shift)
+                b_stored = (b_dx * b_scale[None, :] if SCALED else b_dx).to(dx.dtype.element_ty)
                 m_x = m_p[:, None] & (o_c < C)[None, :]
-                tl.store(dx + (o_row[:, None] + o_c[None, :]), b_dx, mask=m_x)
-                # Sums of what is stored: with them the gradient of the sums below has no mean.
-                b_dx = tl.where(m_p[:, None], b_dx.to(tl.float32), 0.0)
+                tl.store(dx + (o_row[:, None] + o_c[None, :]), b_stored, mask=m_x)
+                if not SCALED:
+                    # Sums of what is stored: with them the gradient of the sums has no mean.
+                    b_dx = b_stored.to(tl.float32)
+                b_dx = tl.where(m_p[:, None], b_dx, 0.0)
                 sums = sums + (b_sum[c] + tl.sum(b_dx, 0),)
                 b_d = tl.where(m_p[:, None], b_raw[c].to(tl.float32) - b_mean[None, :], 0.0)
                 products = products + (b_product[c] + tl.sum(b_dx * b_d, 0),)
@@ -157,24 +157,22 @@ def stem_input_gradient_kernel(
             first += CHUNKS[c]
 
 
-def stem_input_gradient(dz, raw, coefficients, weight, stride, below, norm, eps, dx, training,
-                        precision, config):  # fmt: skip
+def stem_input_gradient(grad, weight, stride, below, norm, eps, dx, scaled, precision, config):
     """The gradient of what a convolution reads, into dx.
 
-    dz (B, OUT, OH, OW) and raw, the output of a 3x3 convolution, have channels innermost in memory,
-    as has ``weight`` (OUT, C, 3, 3); ``coefficients`` (3, OUT). Or dz is (B, OH * OW, OUT), raw and
-    ``coefficients`` are None, and ``weight`` is (OUT, C).
+    grad (B, OUT, OH, OW) of the output of a 3x3 convolution has channels innermost in memory, as
+    has ``weight`` (OUT, C, 3, 3); or grad is (B, OH * OW, OUT), and ``weight`` (OUT, C).
 
     With ``below``, what the batch norm ``norm`` (weight, bias, mean, variance) read before this
     convolution, dx is the gradient before the ReLU between them, and its sums over parts of the
-    positions are returned, (2, parts, C). Both are (B, C, H, W) with channels innermost; dx without
-    ``below`` is contiguous.
+    positions are returned, (2, parts, C); ``scaled``, dx is that of ``below`` itself if the
+    statistics are fixed. Both are (B, C, H, W) with channels innermost; dx without ``below`` is
+    contiguous.
     """
-    taps = 1 if coefficients is None else 9
     B, C, H, W = dx.shape
-    OH, OW = (H, W) if taps == 1 else dz.shape[2:]
-    OUT = weight.shape[0]
-    strides = dz.stride()[:2] if taps == 1 else (0, 0)
+    taps, OUT = (1 if len(weight.shape) == 2 else 9), weight.shape[0]
+    OH, OW = (H, W) if taps == 1 else grad.shape[2:]
+    strides = grad.stride()[:2] if taps == 1 else (0, 0)
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
     tiles = triton.cdiv(B * triton.cdiv(H, stride) * triton.cdiv(W, stride), config.rows)
     tiles *= stride * stride
@@ -185,9 +183,7 @@ def stem_input_gradient(dz, raw, coefficients, weight, stride, below, norm, eps,
         gamma, beta, mean, variance = norm
         partials = mean.new_empty(2, programs, C)
     stem_input_gradient_kernel[(programs, triton.cdiv(C, sum(config.keys)))](
-        dz=dz,
-        raw=raw,
-        coefficients=coefficients,
+        grad=grad,
         weight=weight,
         below=below,
         gamma=gamma,
@@ -196,7 +192,7 @@ def stem_input_gradient(dz, raw, coefficients, weight, stride, below, norm, eps,
         variance=variance,
         dx=dx,
         partials=partials,
-        dz_strides=tuple(s // unit for s in strides),
+        grad_strides=tuple(s // unit for s in strides),
         eps=eps,
         B=B,
         H=H,
@@ -213,7 +209,7 @@ def stem_input_gradient(dz, raw, coefficients, weight, stride, below, norm, eps,
         CHUNKS=config.keys,
         WIDTH=sum(config.keys),
         DEPTH=config.channels[0],
-        TRAINING=training,
+        SCALED=scaled,
         PRECISION=precision,
         DOT_F32=INTERPRETED,
         num_warps=config.warps,

@@ -12,21 +12,18 @@ import triton.language as tl
 
 from .blocks import INTERPRETED
 from .stem_blocks import activated, affine, load_channels, places, row_offsets, tap_reads
-from .stem_gradient_blocks import load_raw_gradient
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "OH", "OW", "TILES"])
 def stem_weight_gradient_kernel(
-    dz,
-    raw,
-    coefficients,
+    grad,
     below,
     gamma,
     beta,
     mean,
     variance,
     partials,
-    dz_strides,
+    grad_strides,
     eps,
     B,
     H,
@@ -43,7 +40,6 @@ def stem_weight_gradient_kernel(
     ROWS: tl.constexpr,
     INS: tl.constexpr,
     OUTS: tl.constexpr,
-    TRAINING: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
@@ -67,23 +63,24 @@ def stem_weight_gradient_kernel(
     tiles = ((tl.cast(B, tl.int64) * OH * OW + ROWS - 1) // ROWS).to(tl.int32)
     for i_t in range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tiles)):
         o_b, o_y, o_x, m_p = places(tl.cast(i_t, tl.int32), B, OH, OW, ROWS)
-        o_row = row_offsets(o_b, o_y, o_x, OH, OW, OUT)
-        o_dz = o_row
         if TAPS == 1:
-            o_dz = (o_b * dz_strides[0] + (o_y * OW + o_x) * dz_strides[1]) * UNIT
+            o_row = (o_b * grad_strides[0] + (o_y * OW + o_x) * grad_strides[1]) * UNIT
+            o_below = row_offsets(o_b, o_y, o_x, H, W, C)
+        else:
+            o_row = row_offsets(o_b, o_y, o_x, OH, OW, OUT)
+            o_below = row_offsets(o_b, o_y * STRIDE - 1, o_x * STRIDE - 1, H, W, C)
         # [ROWS, OUTS]
-        b_g = load_raw_gradient(
-            dz, raw, coefficients, o_dz, o_row, m_p, i_out * OUTS, OUT, (OUTS,), TRAINING, DOT_F32
-        )[0]
+        b_g = load_channels(grad, o_row, m_p, i_out * OUTS, OUT, (OUTS,), DOT_F32)[0]
         sums = ()
         for t in tl.static_range(GROUP):
-            o_h, o_w, m_x = o_y, o_x, m_p
+            m_x = m_p
+            p_x = below
             if TAPS == 9:
-                o_h, o_w, m_x = tap_reads(o_y, o_x, m_p, first_tap + t, H, W, STRIDE)
+                tap = first_tap + t
+                m_x = tap_reads(o_y, o_x, m_p, tap, H, W, STRIDE)[2]
+                p_x = below + (tap // 3 * W + tap % 3) * C
             # [ROWS, INS]
-            b_x = load_channels(
-                below, row_offsets(o_b, o_h, o_w, H, W, C), m_x, i_in * INS, C, (INS,), DOT_F32
-            )
+            b_x = load_channels(p_x, o_below, m_x, i_in * INS, C, (INS,), DOT_F32)
             if gamma is not None:
                 b_x = activated(b_x, (b_scale,), (b_shift,), m_x)
             sums = sums + (tl.dot(tl.trans(b_x[0]), b_g, acc[t], input_precision=PRECISION),)
@@ -95,19 +92,16 @@ def stem_weight_gradient_kernel(
         tl.store(partials + (o_rows[:, None] * OUT + o_out[None, :]), acc[t], mask=m_w)
 
 
-def stem_weight_gradient(dz, raw, coefficients, stride, below, norm, eps, training, precision,
-                         config):  # fmt: skip
-    """The gradient of a convolution's weights in parts (parts, C * taps, OUT), in float32.
+def stem_weight_gradient(grad, stride, taps, below, norm, eps, dtype, precision, config):
+    """The gradient of a convolution's weights in parts (parts, C * taps, OUT), float32 as ``dtype``.
 
-    dz, raw and ``coefficients`` are those of :func:`stem_input_gradient`. ``below`` (B, C, H, W),
-    channels innermost, is what the batch norm ``norm`` (weight, bias, mean, variance) read before
-    this convolution, or without ``norm`` what the convolution itself read.
+    grad is that of :func:`stem_input_gradient`; ``taps`` 9 or 1. ``below`` (B, C, H, W), channels
+    innermost, is what the batch norm ``norm`` (weight, bias, mean, variance) read before this
+    convolution, or without ``norm`` what the convolution itself read.
     """
-    taps = 1 if coefficients is None else 9
     B, C, H, W = below.shape
-    OH, OW = (H, W) if taps == 1 else dz.shape[2:]
-    OUT = dz.shape[2 if taps == 1 else 1]
-    strides = dz.stride()[:2] if taps == 1 else (0, 0)
+    (OH, OW), OUT = ((H, W), grad.shape[2]) if taps == 1 else (grad.shape[2:], grad.shape[1])
+    strides = grad.stride()[:2] if taps == 1 else (0, 0)
     unit = 8 if all(s % 8 == 0 for s in strides) else 1
     group = min(config.taps, taps)
     INS, OUTS = config.channels[0], config.keys[0]
@@ -115,20 +109,17 @@ def stem_weight_gradient(dz, raw, coefficients, stride, below, norm, eps, traini
     tiles = triton.cdiv(B * OH * OW, config.rows)
     each = triton.cdiv(tiles, config.groups)
     programs = triton.cdiv(tiles, each)
-    wide = norm[2] if coefficients is None else coefficients
-    partials = wide.new_empty(programs, C * taps, OUT)
+    partials = grad.new_empty(programs, C * taps, OUT, dtype=dtype)
     gamma, beta, mean, variance = (None,) * 4 if norm is None else norm
     stem_weight_gradient_kernel[(blocks, programs)](
-        dz=dz,
-        raw=raw,
-        coefficients=coefficients,
+        grad=grad,
         below=below,
         gamma=gamma,
         beta=beta,
         mean=mean,
         variance=variance,
         partials=partials,
-        dz_strides=tuple(s // unit for s in strides),
+        grad_strides=tuple(s // unit for s in strides),
         eps=eps,
         B=B,
         H=H,
@@ -145,7 +136,6 @@ def stem_weight_gradient(dz, raw, coefficients, stride, below, norm, eps, traini
         ROWS=config.rows,
         INS=INS,
         OUTS=OUTS,
-        TRAINING=training,
         PRECISION=precision,
         DOT_F32=INTERPRETED,
         num_warps=config.warps,

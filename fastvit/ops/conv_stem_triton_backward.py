@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvit.kernels import stem_gradient_configs as configs
 from fastvit.kernels.stem_image_gradient import stem_image_gradient
 from fastvit.kernels.stem_input_gradient import stem_input_gradient
+from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
 from fastvit.kernels.stem_sums import stem_norm_gradient, stem_weight_sum
 from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
 from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
@@ -31,7 +32,7 @@ IMAGE_CHANNELS = 7
 
 
 class _Setting(NamedTuple):
-    """What every kernel is told."""
+    """What every step needs to know."""
 
     arch: str
     #: "half", "tf32" or "ieee".
@@ -39,6 +40,15 @@ class _Setting(NamedTuple):
     precision: str
     training: bool
     eps: float
+
+
+class _Norm(NamedTuple):
+    """A batch norm with the statistics that it used, each (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
 def backward(
@@ -58,15 +68,14 @@ def backward(
 ) -> list[Tensor]:
     """What :func:`fastvit.ops.conv_stem_torch.backward` gives."""
     depth = len(raw)
-    inputs = (x, proj_weight, proj_bias, pos_embed, cls_token)
-    learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
     if grad.numel() == 0:
-        tensors = (*inputs, *learned)
+        learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
+        tensors = (x, proj_weight, proj_bias, pos_embed, cls_token, *learned)
         return [t.new_zeros(t.shape) for t, w in zip(tensors, wanted, strict=True) if w]
     arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
     setting = _Setting(architecture(x.device), arithmetic, precision(), training, eps)
     norms = [
-        [t.contiguous() for t in norm]
+        _Norm(*(t.contiguous() for t in norm))
         for norm in zip(
             stages.bn_weights, stages.bn_biases, stages.means, stages.variances, strict=True
         )
@@ -75,48 +84,45 @@ def backward(
     dtokens = grad if cls_token is None else grad[:, 1:]
     if dtokens.stride(-1) != 1:
         dtokens = dtokens.contiguous()
-    stage_wanted = [any(wanted[5 + i :: depth]) for i in range(depth)]
+    learns = [any(wanted[5 + i :: depth]) for i in range(depth)]
     # Frozen stages below the first that is learned cost nothing.
-    first = 0 if wanted[0] else (stage_wanted.index(True) if any(stage_wanted) else depth)
+    first = 0 if wanted[0] else (learns.index(True) if any(learns) else depth)
     dimage = dproj = None
-    gradients: list[tuple[Tensor | None, ...]] = [(None, None, None)] * depth
+    dweights: list[Tensor | None] = [None] * depth
+    dgammas, dbetas = dweights.copy(), dweights.copy()
     with torch.cuda.device_of(x):
         if wanted[1]:
-            dproj = _weight_gradient(
-                setting, dtokens, None, None, 1, raw[-1], norms[-1], proj_weight
-            )
+            dproj = _weight_gradient(setting, dtokens, 1, raw[-1], norms[-1], proj_weight)
         if first < depth:
-            dz, partials = _input_gradient(
-                setting, dtokens, None, None, proj_weight.flatten(1).contiguous(), 1,
-                raw[-1], norms[-1],
-            )  # fmt: skip
+            flat = proj_weight.flatten(1).contiguous()
+            dz, partials = _input_gradient(setting, dtokens, flat, 1, raw[-1], norms[-1])
         for i in reversed(range(first, depth)):
-            weight, stride, count = stages.weights[i], stages.strides[i], raw[i][:, 0].numel()
-            dgamma, dbeta = (torch.empty_like(t) for t in norms[i][:2])
-            k = stem_norm_gradient(partials, norms[i], eps, count, dgamma, dbeta)
-            dweight = None
+            weight, stride, norm = stages.weights[i], stages.strides[i], norms[i]
+            dgammas[i], dbetas[i] = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+            count = raw[i].numel() // raw[i].shape[1]
+            k = stem_norm_gradient(partials, norm, eps, count, dgammas[i], dbetas[i])
+            above = (raw[i], k) if training else None
+            if training and (i or wanted[0] or x.shape[1] > IMAGE_CHANNELS):
+                # Else the one kernel that reads it makes it by itself.
+                config = configs.raw_gradient(*setting[:2], raw[i].shape[1])
+                stem_raw_gradient(dz, raw[i], k, config)
+                above = None
             if wanted[5 + i]:
                 if i:
-                    dweight = _weight_gradient(
-                        setting, dz, raw[i], k, stride, raw[i - 1], norms[i - 1], weight
-                    )
+                    below = raw[i - 1], norms[i - 1]
+                    dweights[i] = _weight_gradient(setting, dz, stride, *below, weight)
                 else:
-                    dweight = _first_gradient(setting, dz, raw[0], k, stride, x, mean, std, weight)
+                    dweights[i] = _first_gradient(setting, dz, above, stride, x, mean, std, weight)
             if i > first:
-                dz, partials = _input_gradient(
-                    setting, dz, raw[i], k, channels_last(weight), stride, raw[i - 1], norms[i - 1]
-                )
+                below = raw[i - 1], norms[i - 1]
+                dz, partials = _input_gradient(setting, dz, channels_last(weight), stride, *below)
             elif wanted[0]:
                 dimage = x.new_empty(x.shape)
-                config = configs.input_gradient(
-                    setting.arch, setting.arithmetic, weight.shape[0], x.shape[1]
-                )
+                config = configs.input_gradient(*setting[:2], *weight.shape[:2])
                 stem_input_gradient(
-                    dz, raw[i], k, channels_last(weight), stride, None, None, eps, dimage,
-                    training, setting.precision, config,
+                    dz, channels_last(weight), stride, None, None, eps, dimage, False,
+                    setting.precision, config,
                 )  # fmt: skip
-            gradients[i] = dweight, dgamma, dbeta
-    dweights, dgammas, dbetas = zip(*gradients, strict=True)
     results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
     return picked(wanted, results)
 
@@ -143,45 +149,29 @@ def _token_sums(
 
 
 def _input_gradient(
-    setting: _Setting,
-    dz: Tensor,
-    raw: Tensor | None,
-    coefficients: Tensor | None,
-    weight: Tensor,
-    stride: int,
-    below: Tensor,
-    norm: Sequence[Tensor],
+    setting: _Setting, grad: Tensor, weight: Tensor, stride: int, below: Tensor, norm: _Norm
 ) -> tuple[Tensor, Tensor]:
-    """The gradient before the ReLU that follows ``below``, and its sums in parts."""
-    out, channels = weight.shape[:2]
-    config = configs.input_gradient(setting.arch, setting.arithmetic, out, channels)
-    dx = torch.empty_strided(
-        below.shape, below.stride(), dtype=below.dtype, device=below.device
-    )
+    """The gradient before the ReLU that follows ``below``, with fixed statistics that of ``below``,
+    and the sums in parts that the batch norm needs.
+    """
+    config = configs.input_gradient(*setting[:2], *weight.shape[:2])
+    dx = below.new_empty_strided(below.shape, below.stride())
     partials = stem_input_gradient(
-        dz, raw, coefficients, weight, stride, below, norm, setting.eps, dx, setting.training,
+        grad, weight, stride, below, norm, setting.eps, dx, not setting.training,
         setting.precision, config,
     )  # fmt: skip
     return dx, partials
 
 
 def _weight_gradient(
-    setting: _Setting,
-    dz: Tensor,
-    raw: Tensor | None,
-    coefficients: Tensor | None,
-    stride: int,
-    below: Tensor,
-    norm: Sequence[Tensor] | None,
-    weight: Tensor,
+    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm | None, weight: Tensor
 ) -> Tensor:
-    out, channels, *sides = weight.shape
-    taps = sides[0] * sides[1]
-    config = configs.weight_gradient(setting.arch, setting.arithmetic, out, channels, taps)
+    """Of a 3x3 or, where ``grad`` are tokens, the last 1x1."""
+    taps = weight[0, 0].numel()
+    config = configs.weight_gradient(*setting[:2], *weight.shape[:2], taps)
     partials = stem_weight_gradient(
-        dz, raw, coefficients, stride, below, norm, setting.eps, setting.training,
-        setting.precision, config,
-    )  # fmt: skip
+        grad, stride, taps, below, norm, setting.eps, torch.float32, setting.precision, config
+    )
     dweight = weight.new_empty(weight.shape)
     stem_weight_sum(partials, dweight, None, None)
     return dweight
@@ -190,24 +180,26 @@ def _weight_gradient(
 def _first_gradient(
     setting: _Setting,
     dz: Tensor,
-    raw: Tensor,
-    coefficients: Tensor,
+    above: tuple[Tensor, Tensor] | None,
     stride: int,
     x: Tensor,
     mean: Floats,
     std: Floats,
     weight: Tensor,
 ) -> Tensor:
-    """Of the weights of the first convolution, which reads the images."""
+    """Of the weights of the first convolution. ``above`` are its output and the coefficients of its
+    gradient if ``dz`` is the gradient before the ReLU, else None.
+    """
     if x.shape[1] > IMAGE_CHANNELS:
         images = channels_last(normalize_images(x, mean, std, weight.dtype))
-        return _weight_gradient(setting, dz, raw, coefficients, stride, images, None, weight)
+        return _weight_gradient(setting, dz, stride, images, None, weight)
+    raw, coefficients = above if above is not None else (None, None)
     centers = shifts = scales = None
     if x.dtype == torch.uint8:
         centers, shifts, scales = fold_numbers(mean, std, x.shape[1])
-    config = configs.image_gradient(setting.arch, setting.arithmetic, weight.shape[0])
+    config = configs.image_gradient(*setting[:2], weight.shape[0])
     partials = stem_image_gradient(
-        dz, raw, coefficients, x, centers, stride, setting.training, setting.precision, config
+        dz, raw, coefficients, x, centers, stride, torch.float32, setting.precision, config
     )
     dweight = weight.new_empty(weight.shape)
     stem_weight_sum(partials, dweight, shifts, scales)
