@@ -93,7 +93,7 @@ def stem_weight_gradient_kernel(
 
 
 def stem_weight_gradient(grad, stride, taps, below, norm, eps, dtype, precision, config):
-    """The gradient of a convolution's weights in parts (parts, C * taps, OUT), float32 as ``dtype``.
+    """The gradient of a convolution's weights in parts (parts, C * taps, OUT) of ``dtype`` float32.
 
     grad is that of :func:`stem_input_gradient`; ``taps`` 9 or 1. ``below`` (B, C, H, W), channels
     innermost, is what the batch norm ``norm`` (weight, bias, mean, variance) read before this
