@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 
 from .blocks import INTERPRETED
-from .stem_blocks import image_columns, load_image_taps, places, power, row_offsets
+from .stem_blocks import (
+    first_image,
+    image_columns,
+    load_image_taps,
+    places,
+    power,
+    row_offsets,
+)
 from .stem_gradient_blocks import load_coefficients, load_raw_gradient
 
 
@@ -70,14 +77,15 @@ def stem_image_gradient_kernel(
     b_inside = tl.zeros([OUTS, 16], tl.float32)
     tiles = ((tl.cast(B, tl.int64) * OH * OW + ROWS - 1) // ROWS).to(tl.int32)
     for i_t in range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tiles)):
-        o_b, o_y, o_x, m_p = places(tl.cast(i_t, tl.int32), B, OH, OW, ROWS)
+        i_tile = tl.cast(i_t, tl.int32)
+        o_b, o_y, o_x, m_p = places(i_tile, B, OH, OW, ROWS)
         o_row = row_offsets(o_b, o_y, o_x, OH, OW, OUT)
         # [ROWS, OUTS]
         b_g = load_raw_gradient(dz, raw, k, o_row, m_p, start, OUT, OUTS, DOT_F32)
         # [ROWS, K]
         b_x = load_image_taps(
-            x, o_b, o_y, o_x, m_p, x_strides, H, W, factors, centers, columns,
-            dz.dtype.element_ty, C, STRIDE, K, DOT_F32,
+            x, first_image(i_tile, OH, OW, ROWS), o_b, o_y, o_x, m_p, x_strides, H, W, factors,
+            centers, columns, dz.dtype.element_ty, C, STRIDE, K, DOT_F32,
         )  # fmt: skip
         acc = tl.dot(tl.trans(b_g), b_x, acc, input_precision=PRECISION)
         if PIXELS:
@@ -101,7 +109,7 @@ def stem_image_gradient(dz, raw, coefficients, x, centers, stride, dtype, precis
     float32.
 
     dz and raw (B, OUT, OH, OW) have channels innermost in memory; without raw and ``coefficients``
-    (3, OUT), dz is the gradient of raw. x (B, C, H, W) has any strides.
+    (4, OUT), dz is the gradient of raw. x (B, C, H, W) has any strides.
     """
     B, C, H, W = x.shape
     _, OUT, OH, OW = dz.shape

@@ -122,14 +122,14 @@ def stem_input_gradient_kernel(
                 o_c = first + tl.arange(0, CHUNKS[c])
                 b_scale, b_shift = affine(gamma, beta, mean, variance, o_c, eps, C)
                 b_mean = tl.load(mean + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-                b_dx = through_relu(acc[c], b_raw[c], b_scale, b_shift)
-                b_stored = (b_dx * b_scale[None, :] if SCALED else b_dx).to(dx.dtype.element_ty)
+                b_dx = through_relu(acc[c], b_raw[c], b_scale, b_shift).to(dx.dtype.element_ty)
+                b_stored = b_dx
+                if SCALED:
+                    b_stored = (b_dx.to(tl.float32) * b_scale[None, :]).to(dx.dtype.element_ty)
                 m_x = m_p[:, None] & (o_c < C)[None, :]
                 tl.store(dx + (o_row[:, None] + o_c[None, :]), b_stored, mask=m_x)
-                if not SCALED:
-                    # Sums of what is stored: with them the gradient of the sums has no mean.
-                    b_dx = b_stored.to(tl.float32)
-                b_dx = tl.where(m_p[:, None], b_dx, 0.0)
+                # Sums of what is rounded: with them the gradient of the sums below has no mean.
+                b_dx = tl.where(m_p[:, None], b_dx.to(tl.float32), 0.0)
                 sums = sums + (b_sum[c] + tl.sum(b_dx, 0),)
                 b_d = tl.where(m_p[:, None], b_raw[c].to(tl.float32) - b_mean[None, :], 0.0)
                 products = products + (b_product[c] + tl.sum(b_dx * b_d, 0),)

@@ -21,7 +21,7 @@ def stem_raw_gradient_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz = k1 dz + k2 raw + k3 for ROWS of COUNT positions and BLOCK channels."""
+    """The gradient of the sums for ROWS of COUNT positions and BLOCK channels."""
     start = tl.program_id(1) * BLOCK
     o_c = start + tl.arange(0, BLOCK)
     # [ROWS]
@@ -34,7 +34,7 @@ def stem_raw_gradient_kernel(
 
 
 def stem_raw_gradient(dz, raw, coefficients, config):
-    """dz and raw (B, C, H, W) have channels innermost in memory; ``coefficients`` (3, C)."""
+    """dz and raw (B, C, H, W) have channels innermost in memory; ``coefficients`` (4, C)."""
     B, C, H, W = raw.shape
     block = config.keys[0]
     grid = (triton.cdiv(B * H * W, config.rows), triton.cdiv(C, block))

@@ -74,7 +74,7 @@ def stem_norm_gradient_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Gradients of a batch norm's weight and bias from partials (2, COUNT, C), which have the sums
-    of dz and of dz (raw - mean), and k1, k2, k3 of :mod:`.stem_gradient_blocks`.
+    of dz and of dz (raw - mean), and the coefficients of :mod:`.stem_gradient_blocks`.
     """
     o_c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m_c = o_c < C
@@ -89,10 +89,11 @@ def stem_norm_gradient_kernel(
     tl.store(dgamma + o_c, b_dgamma.to(dgamma.dtype.element_ty), mask=m_c)
     tl.store(dbeta + o_c, b_dbeta.to(dbeta.dtype.element_ty), mask=m_c)
     b_k1 = b_gamma * b_rstd
-    b_k2 = -b_k1 * b_rstd * b_dgamma / count
-    tl.store(coefficients + o_c, b_k1, mask=m_c)
-    tl.store(coefficients + C + o_c, b_k2, mask=m_c)
-    tl.store(coefficients + 2 * C + o_c, -b_k1 * b_dbeta / count - b_k2 * b_mean, mask=m_c)
+    p_k = coefficients + o_c
+    tl.store(p_k, b_k1, mask=m_c)
+    tl.store(p_k + C, -b_k1 * b_rstd * b_dgamma / count, mask=m_c)
+    tl.store(p_k + 2 * C, -b_k1 * b_dbeta / count, mask=m_c)
+    tl.store(p_k + 3 * C, b_mean, mask=m_c)
 
 
 def stem_weight_sum(partials, dweight, shifts, scales):
@@ -121,14 +122,14 @@ def stem_weight_sum(partials, dweight, shifts, scales):
 
 def stem_norm_gradient(partials, norm, eps, count, dgamma, dbeta):
     """Gradients of a batch norm's weight and bias into dgamma and dbeta (C,), and the coefficients
-    (3, C) of the gradient of what it read, ``count`` values a channel.
+    (4, C) of the gradient of what it read, ``count`` values a channel.
 
     ``partials`` (2, parts, C) come from :func:`stem_input_gradient`; ``norm`` has the weight, the
     bias, the mean and the variance.
     """
     _, parts, C = partials.shape
     gamma, _, mean, variance = norm
-    coefficients = partials.new_empty(3, C)
+    coefficients = partials.new_empty(4, C)
     stem_norm_gradient_kernel[(triton.cdiv(C, COLUMNS),)](
         partials=partials,
         gamma=gamma,

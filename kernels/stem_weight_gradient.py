@@ -54,8 +54,7 @@ def stem_weight_gradient_kernel(
     i_in = tl.program_id(0) // (GROUPS * OUT_BLOCKS)
     o_in = i_in * INS + tl.arange(0, INS)
     o_out = i_out * OUTS + tl.arange(0, OUTS)
-    if gamma is not None:
-        b_scale, b_shift = affine(gamma, beta, mean, variance, o_in, eps, C)
+    b_scale, b_shift = affine(gamma, beta, mean, variance, o_in, eps, C)
 
     acc = ()
     for _ in tl.static_range(GROUP):
@@ -81,8 +80,7 @@ def stem_weight_gradient_kernel(
                 p_x = below + (tap // 3 * W + tap % 3) * C
             # [ROWS, INS]
             b_x = load_channels(p_x, o_below, m_x, i_in * INS, C, (INS,), DOT_F32)
-            if gamma is not None:
-                b_x = activated(b_x, (b_scale,), (b_shift,), m_x)
+            b_x = activated(b_x, (b_scale,), (b_shift,), m_x)
             sums = sums + (tl.dot(tl.trans(b_x[0]), b_g, acc[t], input_precision=PRECISION),)
         acc = sums
 
@@ -97,7 +95,7 @@ def stem_weight_gradient(grad, stride, taps, below, norm, eps, dtype, precision,
 
     grad is that of :func:`stem_input_gradient`; ``taps`` 9 or 1. ``below`` (B, C, H, W), channels
     innermost, is what the batch norm ``norm`` (weight, bias, mean, variance) read before this
-    convolution, or without ``norm`` what the convolution itself read.
+    convolution.
     """
     B, C, H, W = below.shape
     (OH, OW), OUT = ((H, W), grad.shape[2]) if taps == 1 else (grad.shape[2:], grad.shape[1])
@@ -110,7 +108,7 @@ def stem_weight_gradient(grad, stride, taps, below, norm, eps, dtype, precision,
     each = triton.cdiv(tiles, config.groups)
     programs = triton.cdiv(tiles, each)
     partials = grad.new_empty(programs, C * taps, OUT, dtype=dtype)
-    gamma, beta, mean, variance = (None,) * 4 if norm is None else norm
+    gamma, beta, mean, variance = norm
     stem_weight_gradient_kernel[(blocks, programs)](
         grad=grad,
         below=below,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels import stem_gradient_configs as configs
+from fastvit.kernels.stem_blocks import within_reach
 from fastvit.kernels.stem_image_gradient import stem_image_gradient
 from fastvit.kernels.stem_input_gradient import stem_input_gradient
 from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
@@ -24,11 +25,6 @@ from fastvit.ops.gpsa_triton import architecture, precision
 from fastvit.ops.library import picked
 from fastvit.ops.tokens import wide
 from fastvit.ops.uint8_fold import fold_numbers
-from fastvit.reference import normalize_images
-
-#: Channels of images that the first convolution's gradient takes nine at a time, as one column of a
-#: product each; images of more are read like any other map.
-IMAGE_CHANNELS = 7
 
 
 class _Setting(NamedTuple):
@@ -102,9 +98,9 @@ def backward(
             count = raw[i].numel() // raw[i].shape[1]
             k = stem_norm_gradient(partials, norm, eps, count, dgammas[i], dbetas[i])
             above = (raw[i], k) if training else None
-            if training and (i or wanted[0] or x.shape[1] > IMAGE_CHANNELS):
+            if training and (i or wanted[0]):
                 # Else the one kernel that reads it makes it by itself.
-                config = configs.raw_gradient(*setting[:2], raw[i].shape[1])
+                config = configs.raw_gradient(raw[i].shape[1])
                 stem_raw_gradient(dz, raw[i], k, config)
                 above = None
             if wanted[5 + i]:
@@ -118,7 +114,7 @@ def backward(
                 dz, partials = _input_gradient(setting, dz, channels_last(weight), stride, *below)
             elif wanted[0]:
                 dimage = x.new_empty(x.shape)
-                config = configs.input_gradient(*setting[:2], *weight.shape[:2])
+                config = configs.input_gradient(*setting[:2], *weight.shape[:2], setting.training)
                 stem_input_gradient(
                     dz, channels_last(weight), stride, None, None, eps, dimage, False,
                     setting.precision, config,
@@ -154,7 +150,7 @@ def _input_gradient(
     """The gradient before the ReLU that follows ``below``, with fixed statistics that of ``below``,
     and the sums in parts that the batch norm needs.
     """
-    config = configs.input_gradient(*setting[:2], *weight.shape[:2])
+    config = configs.input_gradient(*setting[:2], *weight.shape[:2], setting.training)
     dx = below.new_empty_strided(below.shape, below.stride())
     partials = stem_input_gradient(
         grad, weight, stride, below, norm, setting.eps, dx, not setting.training,
@@ -164,7 +160,7 @@ def _input_gradient(
 
 
 def _weight_gradient(
-    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm | None, weight: Tensor
+    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm, weight: Tensor
 ) -> Tensor:
     """Of a 3x3 or, where ``grad`` are tokens, the last 1x1."""
     taps = weight[0, 0].numel()
@@ -190,14 +186,13 @@ def _first_gradient(
     """Of the weights of the first convolution. ``above`` are its output and the coefficients of its
     gradient if ``dz`` is the gradient before the ReLU, else None.
     """
-    if x.shape[1] > IMAGE_CHANNELS:
-        images = channels_last(normalize_images(x, mean, std, weight.dtype))
-        return _weight_gradient(setting, dz, stride, images, None, weight)
     raw, coefficients = above if above is not None else (None, None)
     centers = shifts = scales = None
     if x.dtype == torch.uint8:
         centers, shifts, scales = fold_numbers(mean, std, x.shape[1])
     config = configs.image_gradient(*setting[:2], weight.shape[0])
+    if not within_reach(x, config.rows):
+        x = x.contiguous()
     partials = stem_image_gradient(
         dz, raw, coefficients, x, centers, stride, torch.float32, setting.precision, config
     )
