@@ -38,12 +38,18 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
 
 def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: int) -> Config:
     """Of weights of ``taps`` taps from ``channels`` to ``out`` channels."""
+    shared = arch in _FROM_SHARED_MEMORY
     if arithmetic == "half":
         # What is read is normalised for every block of output channels again.
         outs, ins, warps = (128, 64, 8) if out > 64 else (64, 64, 4)
+    elif arithmetic == "tf32":
+        outs, ins, warps = 32, 64 if shared else 32, 4
     else:
-        outs, ins, warps = 32, 32, 8 if arithmetic == "ieee" else 4
-    outs, ins = min(outs, _power(out)), min(ins, _power(channels))
+        outs, ins, warps = 32, 32, 8
+    outs = min(outs, _power(out))
+    if not shared:
+        # There a product has 64 rows at least.
+        ins = min(ins, _power(channels))
     # A row of taps in one program.
     taps = min(3, taps)
     blocks = -(-channels // ins) * -(-out // outs) * (3 if taps == 3 else 1)
@@ -60,7 +66,7 @@ def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: i
 
 def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
     """Of the first convolution's weights, to ``out`` channels."""
-    outs = min(64, _power(out))
+    outs = 64 if arch in _FROM_SHARED_MEMORY else min(64, _power(out))
     # Just above 128 registers the compiler spills rather than give up a block.
     stages = 1 if arch in ("sm_89", "sm_120") else 2
     return Config(
