@@ -18,7 +18,9 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
         # The scale of fixed statistics takes registers, too.
         wide = shared and training and channels > 64
         keys = (64, 32) if wide and channels % 96 == 0 else (64, 64) if wide else (64,)
-        depth, warps, stages = 64 if shared and out % 64 == 0 else 32, 4, 3
+        # Steps of 64 beside 128 channels would spill.
+        deep = shared and out % 64 == 0 and keys != (64, 64)
+        depth, warps, stages = 64 if deep else 32, 4, 3
     elif arithmetic == "tf32":
         keys, depth, warps, stages = (32,), 32, 8, 3
     else:
