@@ -40,9 +40,6 @@ class Config(NamedTuple):
     groups: int = 0
     #: How many of the nine taps of a 3x3 convolution a program sums.
     taps: int = 0
-    groups: int = 0
-    #: How many of the nine taps of a 3x3 convolution a program sums.
-    taps: int = 0
 
 
 def architecture(capability: tuple[int, int]) -> str | None:

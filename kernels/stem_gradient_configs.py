@@ -20,7 +20,7 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
         keys = (64, 32) if wide and channels % 96 == 0 else (64, 64) if wide else (64,)
         # Steps of 64 beside 128 channels would spill.
         deep = shared and out % 64 == 0 and keys != (64, 64)
-        depth, warps, stages = 64 if deep else 32, 4, 3
+        depth, warps, stages = 64 if deep else 32, 4 if shared else 8, 3
     elif arithmetic == "tf32":
         keys, depth, warps, stages = (32,), 32, 8, 3
     else:
@@ -69,8 +69,9 @@ def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: i
 def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
     """Of the first convolution's weights, to ``out`` channels."""
     outs = 64 if arch in _FROM_SHARED_MEMORY else min(64, _power(out))
-    # Just above 128 registers the compiler spills rather than give up a block.
-    stages = 1 if arch in ("sm_89", "sm_120") else 2
+    # Just above 128 registers the compiler spills rather than give up a block, and Triton 3.6 cannot
+    # have the two products of uint8 images in stages on sm_100.
+    stages = 2 if arch in ("sm_80", "sm_90") else 1
     return Config(
         rows=32,
         keys=(outs,),
