@@ -93,6 +93,8 @@ def blocks_per_multiprocessor(
 
 def work(kernel: str, arguments: dict[str, Any]) -> Work:
     """Of a launch, from what the kernel was given; tensors have ``shape`` and ``dtype``."""
+    if kernel.startswith("stem_") and kernel.endswith(("_gradient", "_sum")):
+        return _stem_gradient(kernel, arguments)
     if kernel.startswith("stem_"):
         return _stem(kernel, arguments)
     if kernel in ("position_table", "position_factors", "parameter_gradient"):
@@ -142,6 +144,34 @@ def _attention(kernel: str, arguments: dict[str, Any]) -> Work:
     products, exponentials = _PRODUCTS[kernel]
     scores = heads * rows * columns
     return Work(moved, 2 * products * scores * sum(arguments["D_CHUNKS"]), exponentials * scores)
+
+
+def _stem_gradient(kernel: str, arguments: dict[str, Any]) -> Work:
+    moved = sum(_size(x) for x in arguments.values() if hasattr(x, "shape"))
+    if kernel == "stem_raw_gradient":
+        # In place.
+        moved += _size(arguments["dz"])
+    if kernel in ("stem_raw_gradient", "stem_weight_sum", "stem_norm_gradient"):
+        return Work(moved, 0, 0)
+
+    def padded(size: int, tile: int) -> int:
+        return -(-size // tile) * tile
+
+    rows, C, OUT = (arguments[name] for name in ("ROWS", "C", "OUT"))
+    positions = padded(arguments["B"] * arguments["OH"] * arguments["OW"], rows)
+    if kernel == "stem_image_gradient":
+        # The taps inside uint8 images are columns, too.
+        columns = arguments["K"] + (16 if arguments["x"].dtype == "uint8" else 0)
+        return Work(moved, 2 * positions * columns * padded(OUT, arguments["OUTS"]), 0)
+    if kernel == "stem_weight_gradient":
+        products = padded(C, arguments["INS"]) * padded(OUT, arguments["OUTS"])
+        return Work(moved, 2 * positions * arguments["TAPS"] * products, 0)
+    # Pixels of four kinds with stride 2, of which nine taps in all are summed.
+    stride = arguments["STRIDE"]
+    sides = [-(-arguments[side] // stride) for side in ("H", "W")]
+    positions = padded(arguments["B"] * sides[0] * sides[1], rows)
+    products = padded(C, arguments["WIDTH"]) * padded(OUT, arguments["DEPTH"])
+    return Work(moved, 2 * positions * arguments["TAPS"] * products, 0)
 
 
 def _factored(kernel: str, arguments: dict[str, Any]) -> Work:

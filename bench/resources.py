@@ -7,10 +7,11 @@ Triton. Neither a GPU nor torch is needed: ``pip install triton`` is all.
     python bench/resources.py --check   compare with the table, exit 1 on a difference
 
 What is compiled is what is launched: the arguments come from the functions that launch the kernels
-(``resource_launch.py``; cases in ``resource_cases.py`` and ``resource_stem.py``), and their
-signature from Triton's own binder. ``--check`` compiles every pair whose sources or arguments
-changed since the table was written, by their hash, and about one in ten of the others. No pair may
-spill registers or take more shared memory than a block can have.
+(``resource_launch.py``; cases in ``resource_cases.py``, ``resource_stem.py`` and
+``resource_stem_gradient.py``), and their signature from Triton's own binder. ``--check`` compiles
+every pair whose sources or arguments changed since the table was written, by their hash, and about
+one in ten of the others. No pair may spill registers or take more shared memory than a block can
+have.
 
 Times in the tables are predicted, not measured (``resource_model.py``).
 """
@@ -41,6 +42,7 @@ if multiprocessing.parent_process() is None:
 import resource_cases
 import resource_model as model
 import resource_stem
+import resource_stem_gradient
 import triton
 from resource_launch import ARCHITECTURES, ROOT, Launch, kernel_object
 from triton.backends.compiler import GPUTarget
@@ -53,8 +55,12 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 Case = resource_cases.Case | resource_stem.Case
 
 #: Where every kernel lies in ``kernels``.
-KERNELS = resource_cases.KERNELS | resource_stem.KERNELS
-CASES: tuple[Case, ...] = (*resource_cases.CASES, *resource_stem.CASES)
+KERNELS = resource_cases.KERNELS | resource_stem.KERNELS | resource_stem_gradient.KERNELS
+CASES: tuple[Case, ...] = (
+    *resource_cases.CASES,
+    *resource_stem.CASES,
+    *resource_stem_gradient.CASES,
+)
 
 #: Read from what was compiled; the other columns follow from these and the launch.
 COMPILED = ("registers", "stack", "spills", "shared", "tensor_columns", "instruction")
@@ -94,6 +100,8 @@ class Bound(NamedTuple):
 
 def launches(arch: str, case: Case) -> dict[str, Launch]:
     """The launches of a case on an architecture, by kernel, in their order."""
+    if isinstance(case, resource_stem_gradient.Case):
+        return resource_stem_gradient.launches(arch, case)
     if isinstance(case, resource_stem.Case):
         return resource_stem.launches(arch, case)
     return resource_cases.launches(arch, case)

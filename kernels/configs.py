@@ -36,8 +36,10 @@ class Config(NamedTuple):
     resident: bool = False
     #: The most registers of a thread, where the compiler's own choice spills; None leaves it.
     registers: int | None = None
-    #: Into how many groups the images are split for a sum over them.
+    #: Into how many groups the images or positions are split, for a sum over them.
     groups: int = 0
+    #: How many of the nine taps of a 3x3 convolution a program sums.
+    taps: int = 0
 
 
 def architecture(capability: tuple[int, int]) -> str | None:

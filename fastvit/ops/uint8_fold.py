@@ -28,6 +28,20 @@ class Uint8Fold(NamedTuple):
     scale: Tensor
 
 
+def fold_numbers(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """Offset c, shift c - 255 mean and scale 255 std of each channel, as numbers.
+
+    Without ``mean`` and ``std`` the images are divided by 255.
+    """
+    # Python floats are float64: the shift is a small difference of large numbers.
+    centers = [255.0 * m for m in (mean if mean is not None else [0.0] * channels)]
+    offset = tuple(float(round(c)) for c in centers)
+    shift = tuple(o - c for o, c in zip(offset, centers, strict=True))
+    return offset, shift, tuple(255.0 * s for s in (std if std is not None else [1.0] * channels))
+
+
 def fold_constants(
     mean: Sequence[float] | None, std: Sequence[float] | None, weight: Tensor
 ) -> Uint8Fold:
@@ -35,17 +49,11 @@ def fold_constants(
 
     Without ``mean`` and ``std`` the images are divided by 255.
     """
-    channels = weight.shape[1]
-    # Python floats are float64: the shift is a small difference of large numbers.
-    centers = [255.0 * m for m in (mean if mean is not None else [0.0] * channels)]
-    offset = [float(round(c)) for c in centers]
-    shift = [o - c for o, c in zip(offset, centers, strict=True)]
-    scale = [255.0 * s for s in (std if std is not None else [1.0] * channels)]
     dtype, device = wide(weight.dtype), weight.device
     return Uint8Fold(
         *(
             torch.tensor(constant, dtype=dtype, device=device).view(-1, 1, 1)
-            for constant in (offset, shift, scale)
+            for constant in fold_numbers(mean, std, weight.shape[1])
         )
     )
 

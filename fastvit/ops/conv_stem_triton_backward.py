@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward of the convolutional stem by the Triton kernels.
+
+Two tensors a stage are read and one is written: the raw output of its convolution, which the
+forward kept, and the gradient before its ReLU. What lies between them is computed where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels import stem_gradient_configs as configs
+from fastvit.kernels.stem_blocks import within_reach
+from fastvit.kernels.stem_image_gradient import stem_image_gradient
+from fastvit.kernels.stem_input_gradient import stem_input_gradient
+from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
+from fastvit.kernels.stem_sums import stem_norm_gradient, stem_weight_sum
+from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
+from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
+from fastvit.ops.gpsa_triton import architecture, precision
+from fastvit.ops.library import picked
+from fastvit.ops.tokens import wide
+from fastvit.ops.uint8_fold import fold_numbers
+
+
+class _Setting(NamedTuple):
+    """What every step needs to know."""
+
+    arch: str
+    #: "half", "tf32" or "ieee".
+    arithmetic: str
+    precision: str
+    training: bool
+    eps: float
+
+
+class _Norm(NamedTuple):
+    """A batch norm with the statistics that it used, each (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    raw: Tensors,
+    stages: Stages,
+    training: bool,
+    eps: float,
+    mean: Floats,
+    std: Floats,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """What :func:`fastvit.ops.conv_stem_torch.backward` gives."""
+    depth = len(raw)
+    if grad.numel() == 0:
+        learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
+        tensors = (x, proj_weight, proj_bias, pos_embed, cls_token, *learned)
+        return [t.new_zeros(t.shape) for t, w in zip(tensors, wanted, strict=True) if w]
+    arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
+    setting = _Setting(architecture(x.device), arithmetic, precision(), training, eps)
+    norms = [
+        _Norm(*(t.contiguous() for t in norm))
+        for norm in zip(
+            stages.bn_weights, stages.bn_biases, stages.means, stages.variances, strict=True
+        )
+    ]
+    dproj_bias, dpos, dcls = _token_sums(grad, proj_bias, pos_embed, cls_token, wanted[2:5])
+    dtokens = grad if cls_token is None else grad[:, 1:]
+    if dtokens.stride(-1) != 1:
+        dtokens = dtokens.contiguous()
+    learns = [any(wanted[5 + i :: depth]) for i in range(depth)]
+    # Frozen stages below the first that is learned cost nothing.
+    first = 0 if wanted[0] else (learns.index(True) if any(learns) else depth)
+    dimage = dproj = None
+    dweights: list[Tensor | None] = [None] * depth
+    dgammas, dbetas = dweights.copy(), dweights.copy()
+    with torch.cuda.device_of(x):
+        if wanted[1]:
+            dproj = _weight_gradient(setting, dtokens, 1, raw[-1], norms[-1], proj_weight)
+        if first < depth:
+            flat = proj_weight.flatten(1).contiguous()
+            dz, partials = _input_gradient(setting, dtokens, flat, 1, raw[-1], norms[-1])
+        for i in reversed(range(first, depth)):
+            weight, stride, norm = stages.weights[i], stages.strides[i], norms[i]
+            dgammas[i], dbetas[i] = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+            count = raw[i].numel() // raw[i].shape[1]
+            k = stem_norm_gradient(partials, norm, eps, count, dgammas[i], dbetas[i])
+            above = (raw[i], k) if training else None
+            if training and (i or wanted[0]):
+                # Else the one kernel that reads it makes it by itself.
+                config = configs.raw_gradient(raw[i].shape[1])
+                stem_raw_gradient(dz, raw[i], k, config)
+                above = None
+            if wanted[5 + i]:
+                if i:
+                    below = raw[i - 1], norms[i - 1]
+                    dweights[i] = _weight_gradient(setting, dz, stride, *below, weight)
+                else:
+                    dweights[i] = _first_gradient(setting, dz, above, stride, x, mean, std, weight)
+            if i > first:
+                below = raw[i - 1], norms[i - 1]
+                dz, partials = _input_gradient(setting, dz, channels_last(weight), stride, *below)
+            elif wanted[0]:
+                dimage = x.new_empty(x.shape)
+                config = configs.input_gradient(*setting[:2], *weight.shape[:2], setting.training)
+                stem_input_gradient(
+                    dz, channels_last(weight), stride, None, None, eps, dimage, False,
+                    setting.precision, config,
+                )  # fmt: skip
+    results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
+    return picked(wanted, results)
+
+
+def _token_sums(
+    grad: Tensor,
+    proj_bias: Tensor | None,
+    pos_embed: Tensor | None,
+    cls_token: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the bias, the positions and the class token: all from one sum over images."""
+    found: list[Tensor | None] = [None, None, None]
+    if not any(wanted):
+        return None, None, None
+    total = grad.sum(0, keepdim=True, dtype=wide(grad.dtype))
+    if proj_bias is not None and wanted[0]:
+        found[0] = total[:, 0 if cls_token is None else 1 :].sum((0, 1)).to(proj_bias.dtype)
+    if pos_embed is not None and wanted[1]:
+        found[1] = total[:, total.shape[1] - pos_embed.shape[1] :].to(pos_embed.dtype, copy=True)
+    if cls_token is not None and wanted[2]:
+        found[2] = total[:, :1].to(cls_token.dtype, copy=True)
+    return found[0], found[1], found[2]
+
+
+def _input_gradient(
+    setting: _Setting, grad: Tensor, weight: Tensor, stride: int, below: Tensor, norm: _Norm
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the ReLU that follows ``below``, with fixed statistics that of ``below``,
+    and the sums in parts that the batch norm needs.
+    """
+    config = configs.input_gradient(*setting[:2], *weight.shape[:2], setting.training)
+    dx = below.new_empty_strided(below.shape, below.stride())
+    partials = stem_input_gradient(
+        grad, weight, stride, below, norm, setting.eps, dx, not setting.training,
+        setting.precision, config,
+    )  # fmt: skip
+    return dx, partials
+
+
+def _weight_gradient(
+    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm, weight: Tensor
+) -> Tensor:
+    """Of a 3x3 or, where ``grad`` are tokens, the last 1x1."""
+    taps = weight[0, 0].numel()
+    config = configs.weight_gradient(*setting[:2], *weight.shape[:2], taps)
+    partials = stem_weight_gradient(
+        grad, stride, taps, below, norm, setting.eps, torch.float32, setting.precision, config
+    )
+    dweight = weight.new_empty(weight.shape)
+    stem_weight_sum(partials, dweight, None, None)
+    return dweight
+
+
+def _first_gradient(
+    setting: _Setting,
+    dz: Tensor,
+    above: tuple[Tensor, Tensor] | None,
+    stride: int,
+    x: Tensor,
+    mean: Floats,
+    std: Floats,
+    weight: Tensor,
+) -> Tensor:
+    """Of the weights of the first convolution. ``above`` are its output and the coefficients of its
+    gradient if ``dz`` is the gradient before the ReLU, else None.
+    """
+    raw, coefficients = above if above is not None else (None, None)
+    centers = shifts = scales = None
+    if x.dtype == torch.uint8:
+        centers, shifts, scales = fold_numbers(mean, std, x.shape[1])
+    config = configs.image_gradient(*setting[:2], weight.shape[0])
+    if not within_reach(x, config.rows):
+        x = x.contiguous()
+    partials = stem_image_gradient(
+        dz, raw, coefficients, x, centers, stride, torch.float32, setting.precision, config
+    )
+    dweight = weight.new_empty(weight.shape)
+    stem_weight_sum(partials, dweight, shifts, scales)
+    return dweight

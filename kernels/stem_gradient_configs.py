@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In tiles of what size the gradients of the stem run, by architecture, as :mod:`.configs` says.
+
+In a :class:`Config`, ``rows`` are positions. Of a gradient of inputs ``keys`` are pieces of the
+channels that it gives and ``channels`` those that a step sums over; of a gradient of weights they
+are the output and the input channels. ``groups`` are the programs that share the positions.
+"""
+
+from __future__ import annotations
+
+from .configs import _FROM_SHARED_MEMORY, _MULTIPROCESSORS, Config, _power
+
+
+def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training: bool) -> Config:
+    """From ``out`` channels back to ``channels``."""
+    shared = arch in _FROM_SHARED_MEMORY
+    if arithmetic == "half":
+        # The scale of fixed statistics takes registers, too.
+        wide = shared and training and channels > 64
+        keys = (64, 32) if wide and channels % 96 == 0 else (64, 64) if wide else (64,)
+        # Steps of 64 beside 128 channels would spill.
+        deep = shared and out % 64 == 0 and keys != (64, 64)
+        depth, warps, stages = 64 if deep else 32, 4 if shared else 8, 3
+    elif arithmetic == "tf32":
+        keys, depth, warps, stages = (32,), 32, 8, 3
+    else:
+        keys, depth, warps, stages = (32,), 16, 8, 2
+    if channels <= 32:
+        keys = (_power(channels),)
+    blocks = -(-channels // sum(keys))
+    return Config(
+        rows=64,
+        keys=keys,
+        channels=(min(depth, _power(out)),),
+        warps=warps,
+        stages=stages,
+        groups=_programs(arch, blocks),
+    )
+
+
+def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: int) -> Config:
+    """Of weights of ``taps`` taps from ``channels`` to ``out`` channels."""
+    shared = arch in _FROM_SHARED_MEMORY
+    if arithmetic == "half":
+        # What is read is normalised for every block of output channels again.
+        outs, ins, warps = (128, 64, 8) if out > 64 else (64, 64, 4)
+    elif arithmetic == "tf32":
+        outs, ins, warps = 32, 64 if shared else 32, 4
+    else:
+        outs, ins, warps = 32, 32, 8
+    outs = min(outs, _power(out))
+    if not shared:
+        # There a product has 64 rows at least.
+        ins = min(ins, _power(channels))
+    # A row of taps in one program.
+    taps = min(3, taps)
+    blocks = -(-channels // ins) * -(-out // outs) * (3 if taps == 3 else 1)
+    return Config(
+        rows=32,
+        keys=(outs,),
+        channels=(ins,),
+        warps=warps,
+        stages=2,
+        groups=_programs(arch, blocks),
+        taps=taps,
+    )
+
+
+def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
+    """Of the first convolution's weights, to ``out`` channels."""
+    outs = 64 if arch in _FROM_SHARED_MEMORY else min(64, _power(out))
+    # Just above 128 registers the compiler spills rather than give up a block, and Triton 3.6 cannot
+    # have the two products of uint8 images in stages on sm_100.
+    stages = 2 if arch in ("sm_80", "sm_90") else 1
+    return Config(
+        rows=32,
+        keys=(outs,),
+        warps=4 if arithmetic == "half" else 8,
+        stages=stages,
+        groups=2 * _programs(arch, -(-out // outs)),
+    )
+
+
+def raw_gradient(channels: int) -> Config:
+    """Of a convolution's sums, from the gradient before the ReLU."""
+    return Config(rows=64, keys=(min(64, _power(channels)),))
+
+
+def _programs(arch: str, blocks: int) -> int:
+    """Two for each multiprocessor, of which ``blocks`` share the same positions."""
+    return max(1, 2 * _MULTIPROCESSORS[arch] // blocks)
