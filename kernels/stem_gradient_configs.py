@@ -69,8 +69,8 @@ def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: i
 def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
     """Of the first convolution's weights, to ``out`` channels."""
     outs = 64 if arch in _FROM_SHARED_MEMORY else min(64, _power(out))
-    # Just above 128 registers the compiler spills rather than give up a block, and Triton 3.6 cannot
-    # have the two products of uint8 images in stages on sm_100.
+    # Just above 128 registers the compiler spills rather than give up a block, and Triton 3.6
+    # cannot have the two products of uint8 images in stages on sm_100.
     stages = 2 if arch in ("sm_80", "sm_90") else 1
     return Config(
         rows=32,

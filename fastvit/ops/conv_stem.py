@@ -5,7 +5,7 @@ and the update of the running statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +24,6 @@ from fastvit.ops.library import (
 )
 from fastvit.ops.tokens import wide
 from fastvit.reference import stage_grids
-
-# What is saved does not depend on the choice.
-_BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
-    "torch": conv_stem_torch.backward,
-    "triton": conv_stem_torch.backward,
-}
 
 _STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
 _STAGES = (
@@ -102,8 +96,15 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
 def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any) -> Any:
     *arguments, backend = args
     stages = Stages(*arguments[4:10])
-    implementation = _BACKWARD[choose(call(x, stages.weights, proj_weight), backend)]
-    return implementation(grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
+    inputs = (grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
+    if choose(call(x, stages.weights, proj_weight), backend) == "triton":
+        # Only here, since importing Triton takes time.
+        from fastvit.ops import conv_stem_triton_backward
+        from fastvit.ops.conv_stem_trust import trusts_backward
+
+        if trusts_backward(x, proj_weight, stages, arguments[10], backend):
+            return conv_stem_triton_backward.backward(*inputs)
+    return conv_stem_torch.backward(*inputs)
 
 
 class Config(NamedTuple):

@@ -8,9 +8,9 @@ PyTorch's operators, on the processor in float64 and in the call's dtype.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,12 @@ import fastvit.kernels
 from fastvit import testing
 from fastvit.kernels import stem_statistics
 from fastvit.kernels.blocks import INTERPRETED
-from fastvit.ops import conv_stem_torch, conv_stem_triton, trust
+from fastvit.ops import (
+    conv_stem_torch,
+    conv_stem_triton,
+    conv_stem_triton_backward,
+    trust,
+)
 from fastvit.ops.conv_stem_torch import Forward, Stages
 from fastvit.ops.conv_stem_triton import Plan
 from fastvit.ops.trust import Candidate, source_hash
@@ -32,14 +37,28 @@ _IMAGES, _SIDES = 2, (99, 85)
 _MEAN, _STD = (0.485, 0.1, 0.406, 0.5), (0.229, 0.224, 1.0, 0.3)
 _EPS = 1e-5
 
-#: Plans of calls whose kernels are trusted: they need not be named and looked up again.
-_settled: dict[tuple[Any, ...], Plan] = {}
+#: Kinds of calls whose kernels are trusted: they need not be named and looked up again.
+_settled: set[tuple[Any, ...]] = set()
+
+
+class _Problem(NamedTuple):
+    """What the kernels of a call depend on beside their launch configurations."""
+
+    device: torch.device
+    dtype: torch.dtype
+    #: Whether images are uint8.
+    raw: bool
+    #: Channels of the images and of the stages, and D.
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    #: "train", "keep" or "infer".
+    mode: str
 
 
 def trusted_plan(
     x: Tensor, proj_weight: Tensor, stages: Stages, training: bool, save: bool, asked: str
 ) -> Plan | None:
-    """The kernels to run for images x, or None if they are not trusted.
+    """The kernels of the forward to run for images x, or None if they are not trusted.
 
     Raises:
         RuntimeError: they failed their check, and were ``asked`` for by name.
@@ -47,52 +66,81 @@ def trusted_plan(
     plan = conv_stem_triton.plan(x, proj_weight, stages, training or save)
     if not trust.needs_proof(x.device):
         return plan
-    widths = (x.shape[1], *(w.shape[0] for w in stages.weights), proj_weight.shape[0])
-    strides, dtype, raw = tuple(stages.strides), proj_weight.dtype, x.dtype == torch.uint8
-    mode = "train" if training else "keep" if save else "infer"
-    call = (trust.generation(), x.device, dtype, raw, widths, strides, mode, plan)
-    if call not in _settled:
-        candidate = _candidate(plan, x.device, dtype, raw, widths, strides, mode)
-        if not trust.trusts(candidate, asked):
-            return None
-        if trust.is_known(candidate):
-            _settled[call] = plan
-    return plan
-
-
-def _candidate(
-    plan: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    raw: bool,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
-    mode: str,
-) -> Candidate:
-    capability = "interpreter"
-    if not INTERPRETED:
-        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    name = str(dtype).removeprefix("torch.")
-    arithmetic = f"{name},{plan.precision}" if dtype == torch.float32 else name
-    images = "uint8" if raw else "float"
-    size = "c={},s={}".format("-".join(map(str, widths)), "-".join(map(str, strides)))
+    problem = _problem(x, proj_weight, stages, "train" if training else "keep" if save else "infer")
     launch = ",".join(
         f"{kernel}{tuple(config)}".replace(" ", "") for kernel, config in plan.kernels
     )
+    check = functools.partial(_check_forward, plan, problem)
+    return plan if _is_trusted("forward", problem, launch, plan.precision, check, asked) else None
+
+
+def trusts_backward(
+    x: Tensor, proj_weight: Tensor, stages: Stages, training: bool, asked: str
+) -> bool:
+    """Whether to run the kernels of the backward for images x.
+
+    Raises:
+        RuntimeError: they failed their check, and were ``asked`` for by name.
+    """
+    if not trust.needs_proof(x.device):
+        return True
+    problem = _problem(x, proj_weight, stages, "train" if training else "keep")
+    # Their configurations follow from the architecture and the widths.
+    launch = conv_stem_triton.architecture(x.device)
+    precision = conv_stem_triton.precision()
+    check = functools.partial(_check_backward, precision, problem)
+    return _is_trusted("backward", problem, launch, precision, check, asked)
+
+
+def _problem(x: Tensor, proj_weight: Tensor, stages: Stages, mode: str) -> _Problem:
+    widths = (x.shape[1], *(w.shape[0] for w in stages.weights), proj_weight.shape[0])
+    raw = x.dtype == torch.uint8
+    return _Problem(x.device, proj_weight.dtype, raw, widths, tuple(stages.strides), mode)
+
+
+def _is_trusted(
+    direction: str,
+    problem: _Problem,
+    launch: str,
+    precision: str,
+    check: Callable[[], Iterator[Agreement]],
+    asked: str,
+) -> bool:
+    """Whether kernels with these launch configurations are trusted; asked once for each call's
+    kind, since naming it takes time.
+    """
+    call = (trust.generation(), direction, problem, launch, precision)
+    if call in _settled:
+        return True
+    key = _key(direction, problem, launch, precision)
+    candidate = Candidate(key, check)
+    if not trust.trusts(candidate, asked):
+        return False
+    if trust.is_known(candidate):
+        _settled.add(call)
+    return True
+
+
+def _key(direction: str, problem: _Problem, launch: str, precision: str) -> str:
+    capability = "interpreter"
+    if not INTERPRETED:
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(problem.device))
+    name = str(problem.dtype).removeprefix("torch.")
+    arithmetic = f"{name},{precision}" if problem.dtype == torch.float32 else name
+    images = "uint8" if problem.raw else "float"
+    widths, strides = ("-".join(map(str, x)) for x in (problem.widths, problem.strides))
     version = ".".join(triton.__version__.split(".")[:2])
-    key = (
-        f"conv_stem/forward/{arithmetic}/{images}/{mode}/{size}/{launch}/{code()}/"
-        f"{capability}/{version}"
+    return (
+        f"conv_stem/{direction}/{arithmetic}/{images}/{problem.mode}/c={widths},s={strides}/"
+        f"{launch}/{code()}/{capability}/{version}"
     )
-    check = functools.partial(_check, plan, device, dtype, raw, widths, strides, mode)
-    return Candidate(key, check)
 
 
 @functools.cache
 def code() -> str:
     """The kernels at hand, as keys name them."""
     folder = Path(fastvit.kernels.__file__).parent
-    own = [__file__, conv_stem_triton.__file__, testing.__file__]
+    own = [__file__, *(m.__file__ for m in (conv_stem_triton, conv_stem_triton_backward, testing))]
     shared = (folder / name for name in ("blocks.py", "configs.py"))
     return source_hash(*folder.glob("stem_*.py"), *shared, *map(Path, own))
 
@@ -132,30 +180,30 @@ def _drawn(
     return x, tokens, stages
 
 
-def _check(
-    plan: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    raw: bool,
-    widths: tuple[int, ...],
-    strides: tuple[int, ...],
-    mode: str,
-) -> Iterator[Agreement]:
-    x, tokens, stages = _drawn(raw, widths, strides)
-    images = widths[0]
-    pixels = (_MEAN[:images], _STD[:images]) if raw else (None, None)
+def _pixels(problem: _Problem) -> tuple[Any, Any]:
+    """Mean and std of uint8 images."""
+    images = problem.widths[0]
+    return (_MEAN[:images], _STD[:images]) if problem.raw else (None, None)
+
+
+def _moved(t: Tensor, problem: _Problem, device: torch.device, wide: torch.dtype) -> Tensor:
+    """In ``wide``, of what the call's dtype holds."""
+    return t.to(problem.dtype).to(device, wide) if t.is_floating_point() else t.to(device)
+
+
+def _check_forward(plan: Plan, problem: _Problem) -> Iterator[Agreement]:
+    x, tokens, stages = _drawn(problem.raw, problem.widths, problem.strides)
+    device, dtype, mode = problem.device, problem.dtype, problem.mode
 
     def run(forward: Callable[..., Forward], device: torch.device, wide: torch.dtype) -> Forward:
-        """In ``wide``, of what the call's dtype holds."""
-
         def moved(t: Tensor) -> Tensor:
-            return t.to(dtype).to(device, wide) if t.is_floating_point() else t.to(device)
+            return _moved(t, problem, device, wide)
 
         weights, gammas, betas, means, variances = (
             [moved(t) for t in tensors] for tensors in stages[:5]
         )
-        here = Stages(weights, gammas, betas, means, variances, strides)
-        options = (mode == "train", _EPS, *pixels, mode != "infer")
+        here = Stages(weights, gammas, betas, means, variances, problem.strides)
+        options = (mode == "train", _EPS, *_pixels(problem), mode != "infer")
         return forward(moved(x), *map(moved, tokens), here, *options)
 
     cpu = torch.device("cpu")
@@ -163,26 +211,64 @@ def _check(
     reference = run(conv_stem_torch.forward, cpu, dtype)
     expected = run(conv_stem_torch.forward, cpu, torch.float64)
     results = (found, reference, expected)
-    yield from _compared("tokens", *(result.tokens for result in results), plan=plan)
+    compared = functools.partial(_compared, precision=plan.precision)
+    yield from compared("tokens", *(result.tokens for result in results))
     for name in ("raw", "means", "variances"):
         for i, tensors in enumerate(zip(*(getattr(r, name) for r in results), strict=True)):
-            yield from _compared(f"{name}[{i}]", *tensors, plan=plan)
+            yield from compared(f"{name}[{i}]", *tensors)
     if mode == "train":
         yield from _check_of_many_tiles(device)
 
 
-def _compared(name: str, *tensors: Tensor, plan: Plan) -> Iterator[Agreement]:
+def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
+    """Gradients from the raw tensors that PyTorch's forward keeps in the call's dtype."""
+    x, tokens, stages = _drawn(problem.raw, problem.widths, problem.strides)
+    training, options = problem.mode == "train", (_EPS, *_pixels(problem))
+    cpu = torch.device("cpu")
+
+    def moved(tensors: Sequence[Tensor], device: torch.device, wide: torch.dtype) -> list[Tensor]:
+        return [_moved(t, problem, device, wide) for t in tensors]
+
+    here = Stages(*(moved(t, cpu, problem.dtype) for t in stages[:5]), problem.strides)
+    inputs = moved([x, *tokens], cpu, problem.dtype)
+    kept = conv_stem_torch.forward(*inputs, here, training, *options, True)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(kept.tokens.shape, generator=generator)
+    learned = [*inputs, *here.weights, *here.bn_weights, *here.bn_biases]
+    wanted = [t.is_floating_point() for t in learned]
+
+    def run(backward: Any, device: torch.device, wide: torch.dtype) -> list[Tensor]:
+        lists = [moved(t, device, wide) for t in (*here[:3], kept.means, kept.variances)]
+        raw = [conv_stem_torch.channels_last(t) for t in moved(kept.raw, device, wide)]
+        first = moved([grad, *inputs], device, wide)
+        last = (Stages(*lists, problem.strides), training, *options, wanted)
+        return backward(*first, raw, *last)
+
+    results = (
+        run(conv_stem_triton_backward.backward, problem.device, problem.dtype),
+        run(conv_stem_torch.backward, cpu, problem.dtype),
+        run(conv_stem_torch.backward, cpu, torch.float64),
+    )
+    for i, found in enumerate(zip(*results, strict=True)):
+        # Rounding near zero decides single elements behind a ReLU.
+        yield from _compared(f"gradient[{i}]", *found, precision=precision, maxima=False)
+
+
+def _compared(
+    name: str, *tensors: Tensor, precision: str, maxima: bool = True
+) -> Iterator[Agreement]:
     """The rule for root mean squares, and for maxima with the room that chance needs; of what was
     found, PyTorch's in the same dtype and float64's.
     """
     actual, reference, expected = tensors
     floor = 0.0
-    if reference.dtype == torch.float32 and plan.precision == "tf32":
+    if reference.dtype == torch.float32 and precision == "tf32":
         # The processor has no tf32 to compare with: four of its units in the last place.
         floor = 4 * 2.0**-10
     actual, room = actual.cpu(), max(floor, 8 * torch.finfo(reference.dtype).eps)
     yield agreement(actual, reference, expected, name=f"rms {name}", floor=floor, rms=True)
-    yield agreement(actual, reference, expected, name=name, floor=room)
+    if maxima:
+        yield agreement(actual, reference, expected, name=name, floor=room)
 
 
 def _check_of_many_tiles(device: torch.device) -> Iterator[Agreement]:
