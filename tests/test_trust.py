@@ -25,7 +25,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from fastvit.kernels import stem_statistics
 from fastvit.kernels.kronecker import padded
 
-from fastvit.ops import conv_stem_triton, conv_stem_trust, gpsa_triton, gpsa_trust
+from fastvit.ops import (
+    conv_stem_triton,
+    conv_stem_triton_backward,
+    conv_stem_trust,
+    gpsa_triton,
+    gpsa_trust,
+)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter stands for a GPU here"
@@ -324,3 +330,53 @@ def test_a_fault_in_the_second_step_of_statistics_is_caught(
     monkeypatch.setattr(stem_statistics, "stem_statistics", launch)
     with pytest.warns(RuntimeWarning, match="variance of many tiles DISAGREES"):
         stem("train")(IMAGES)
+
+
+def train_once(layer: fastvit.ConvStem, images: Tensor) -> list[Tensor]:
+    layer(images).square().sum().backward()
+    return [p.grad for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+@pytest.mark.parametrize("mode", ["keep", "train"])
+def test_the_backward_of_the_stem_proves_itself(
+    mode: str, uint8: bool, gpu: Path, small_checks: None
+) -> None:
+    images = IMAGES.to(torch.uint8) if uint8 else IMAGES
+    train_once(stem(mode), images)
+    pixels = "uint8" if uint8 else "float"
+    assert [key.split("/")[:5] for key in trust.verified_here()] == [
+        ["conv_stem", direction, "float32,ieee", pixels, mode]
+        for direction in ("forward", "backward")
+    ]
+    assert set(trust.verified_here().values()) == {""}
+
+
+@pytest.mark.parametrize(
+    "kernel", ["stem_input_gradient", "stem_image_gradient", "stem_norm_gradient"]
+)
+def test_a_broken_backward_of_the_stem_is_caught(
+    kernel: str, gpu: Path, small_checks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, calls = getattr(conv_stem_triton_backward, kernel), []
+
+    def launch(*args: object) -> object:
+        calls.append(kernel)
+        found = launcher(*args)
+        # What it returns, or what it writes to if that is nothing: of images.
+        (args[6] if found is None else found).mul_(1.01)
+        return found
+
+    monkeypatch.setattr(conv_stem_triton_backward, kernel, launch)
+    with pytest.warns(RuntimeWarning, match=r"conv_stem/backward/.*/train/.* DISAGREES: error "):
+        found = train_once(stem("train"), IMAGES)
+    checked = len(calls)
+    assert checked
+    for gradient, expected in zip(found, train_once(stem("train", "torch"), IMAGES), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_once(stem("train"), IMAGES)
+    assert len(calls) == checked, "the broken kernel was launched after its check"
+    with pytest.raises(RuntimeError, match="'triton' was asked for, but its kernel failed"):
+        train_once(stem("train", "triton"), IMAGES)
