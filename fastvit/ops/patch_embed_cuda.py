@@ -5,6 +5,7 @@ in one launch; uint8 pixels are normalised by folding the statistics into the we
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -187,5 +188,6 @@ def _splits(rows: int, outputs: int, columns: int, device: torch.device) -> int:
     return max(1, min(2 * multiprocessors(device) // tiles, rows // _FEWEST_PATCHES))
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
