@@ -86,7 +86,7 @@ class Problem(NamedTuple):
 def forward(p: Problem) -> dict[str, Config]:
     """The kernels of the forward, by name, in the order in which they run."""
     if p.dropout:
-        return {"position_factors": Config(), "dropout_forward": _dropout_rows(p)}
+        return {"position_factors": Config(), "dropout_forward": _dropout_forward(p)}
     tile = _forward_tile(p)
     if tile is not None:
         table = {} if p.grid is None else {"position_table": Config()}
@@ -99,8 +99,8 @@ def forward(p: Problem) -> dict[str, Config]:
 def backward(p: Problem) -> dict[str, Config]:
     """The same of the backward."""
     if p.dropout:
-        query = {"position_factors": Config(), "dropout_query": _dropout_rows(p)}
-        return {**query, "dropout_key": _dropout_keys(p)}
+        query = {"position_factors": Config(), "dropout_query": _dropout_query(p)}
+        return {**query, "dropout_key": _dropout_key(p)}
     tile = _backward_tile(p)
     content = {"backward_query": _query(p), "backward_key": _key(p)}
     if p.grid is None:
@@ -203,9 +203,13 @@ def _stream(p: Problem, rows: int, keys: int) -> Config:
     return Config(rows=16, keys=16, channels=(16,) * -(-p.channels // 16), warps=warps)
 
 
-def _dropout_rows(p: Problem) -> Config:
-    """Of the kernels with a block of queries."""
-    config = _dropout(p, rows=64 if p.arch in _FROM_SHARED_MEMORY else 32, keys=32)
+def _dropout_forward(p: Problem) -> Config:
+    return _dropout(p, rows=64 if p.arch in _FROM_SHARED_MEMORY else 32, keys=32)
+
+
+def _dropout_query(p: Problem) -> Config:
+    config = _dropout_forward(p)
+    # Wide heads in float32 spill in the tiles of the forward.
     if p.arithmetic == "ieee" and p.channels > 64:
         return config._replace(rows=32, warps=4)
     if p.arithmetic == "tf32" and p.channels > 64:
@@ -213,7 +217,7 @@ def _dropout_rows(p: Problem) -> Config:
     return config
 
 
-def _dropout_keys(p: Problem) -> Config:
+def _dropout_key(p: Problem) -> Config:
     # A piece of the channels that is 32 wide makes all warps repeat the same product.
     narrow = 16 if 16 < p.channels <= 32 else 32
     return _dropout(p, rows=32, keys=64 if p.arch in _FROM_SHARED_MEMORY else narrow)

@@ -266,17 +266,20 @@ def backward(
             training, eps,
         )  # fmt: skip
         y = activation(i - 1)
-        if y.device.type == "cpu" and y.dtype == torch.bfloat16 and y.shape[3] == 1:
-            # oneDNN's weight gradient is garbage there in channels_last (torch 2.11 and 2.15).
-            # Not contiguous(), to which a single pixel is in either layout.
-            draw, y = (torch.empty(t.shape, dtype=t.dtype).copy_(t) for t in (draw, y))
+        weight, dtype = stages.weights[i], stages.weights[i].dtype
+        if y.device.type == "cpu" and dtype == torch.bfloat16 and y.shape[3] == 1:
+            # oneDNN's weight gradient in bfloat16 is garbage there (torch 2.11 and 2.15): in
+            # channels_last, and on processors with AMX for a single pixel in any layout.
+            draw, y, weight = (t.float() for t in (draw, y, weight))
         dy, dweight, _ = torch.ops.aten.convolution_backward(
-            draw, y, stages.weights[i], None, [stages.strides[i]] * 2,
+            draw, y, weight, None, [stages.strides[i]] * 2,
             [1, 1], [1, 1], False, [0, 0], 1, [i > first or wanted[0], wanted[5 + i], False],
         )  # fmt: skip
+        dy = None if dy is None else dy.to(dtype)
+        y = y.to(dtype)
         del dz, draw
         gradients[i] = (
-            None if dweight is None else dweight.contiguous(),
+            None if dweight is None else dweight.to(dtype).contiguous(),
             dgamma.to(stages.bn_weights[i].dtype),
             dbeta.to(stages.bn_biases[i].dtype),
         )
