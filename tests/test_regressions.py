@@ -190,8 +190,8 @@ def test_a_stem_on_no_images_has_zero_gradients(dtype: torch.dtype, training: bo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(9, 1), (1, 1), (8, 2), (1, 9), (4, 3)])
 def test_a_stem_on_images_of_one_column(dtype: torch.dtype, size: tuple[int, int]) -> None:
-    """oneDNN's weight gradient in bfloat16 is garbage there in channels_last, and with AMX that of a
-    single pixel in any layout, the reference's, too: the exact numbers, rounded, stand for it.
+    """oneDNN's weight gradient in bfloat16 is garbage there in channels_last, and with AMX that
+    of a single pixel in any layout, the reference's, too: the exact numbers, rounded, stand for it.
     """
     torch.manual_seed(0)
     stem = fastvit.ConvStem(3, (4, 6), (2, 2), 5).eval()
