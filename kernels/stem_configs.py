@@ -107,10 +107,11 @@ def _product(
     if positions * out < 128 * sum(keys) * _MULTIPROCESSORS[arch]:
         # Few positions: smaller tiles keep more multiprocessors busy.
         return config._replace(keys=_blocks(out, (64, 32)))
-    # More rows would spill, and of narrow steps fewer.
-    few = activates and not shared and len(keys) > 1 and channels > 48
-    if sum(keys) <= 64 or few:
+    if sum(keys) <= 64:
         return config
+    if activates and not shared and len(keys) > 1 and channels > 48:
+        # More would spill.
+        return config._replace(channels=(32,))
     return config._replace(rows=128, warps=8)
 
 

@@ -75,7 +75,7 @@ def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
     return Config(
         rows=32,
         keys=(outs,),
-        warps=4 if arithmetic == "half" else 8,
+        warps=4 if arithmetic == "half" and arch != "sm_100" else 8,
         stages=stages,
         groups=2 * _programs(arch, -(-out // outs)),
     )

@@ -48,7 +48,7 @@ def stem_input_gradient_kernel(
     PRECISION: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):
-    """TILES tiles of ROWS pixels of dx, one after the other, for one block of channels.
+    """TILES tiles of ROWS pixels of dx, one after the other, for WIDTH channels.
 
     Below a batch norm, which read ``below``, dx (B, H, W, C) is the gradient before the ReLU, and
     partials (2, programs, C) get the sums of it and of it times (below - mean); SCALED, dx is then
@@ -85,7 +85,8 @@ def stem_input_gradient_kernel(
             last_y, last_x, taps_y, taps_x = i_py, i_px, 1 + i_py, 1 + i_px
 
         if TAPS == 1:
-            o_row = (o_b * grad_strides[0] + (o_y * OW + o_x) * grad_strides[1]) * UNIT
+            o_n = (o_y * OW + o_x).to(tl.int64)
+            o_row = (o_b * grad_strides[0] + o_n * grad_strides[1]) * UNIT
         else:
             o_row = row_offsets(o_b, o_y + last_y, o_x + last_x, OH, OW, OUT)
         acc = zero_rows(ROWS, CHUNKS)

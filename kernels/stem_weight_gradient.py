@@ -63,7 +63,8 @@ def stem_weight_gradient_kernel(
     for i_t in range(i_s * TILES, tl.minimum(i_s * TILES + TILES, tiles)):
         o_b, o_y, o_x, m_p = places(tl.cast(i_t, tl.int32), B, OH, OW, ROWS)
         if TAPS == 1:
-            o_row = (o_b * grad_strides[0] + (o_y * OW + o_x) * grad_strides[1]) * UNIT
+            o_n = (o_y * OW + o_x).to(tl.int64)
+            o_row = (o_b * grad_strides[0] + o_n * grad_strides[1]) * UNIT
             o_below = row_offsets(o_b, o_y, o_x, H, W, C)
         else:
             o_row = row_offsets(o_b, o_y, o_x, OH, OW, OUT)

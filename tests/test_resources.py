@@ -21,7 +21,9 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 # KiB that a block may opt in to; written down here a second time on purpose.
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 #: Kernels of the stem without products.
-STATISTICS = ("stem_statistics", "stem_affine")
+WITHOUT_PRODUCTS = (
+    "stem_statistics", "stem_affine", "stem_raw_gradient", "stem_weight_sum", "stem_norm_gradient",
+)  # fmt: skip
 MATRIX = {"sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 
 pytestmark = pytest.mark.skipif(
@@ -91,7 +93,7 @@ def test_half_precision_uses_the_matrix_units(version):
     for row in table(version):
         half = row["case"].split()[0] in ("float16", "bfloat16")
         multiplies = row["kernel"].startswith(("forward_", "backward_", "dropout_", "stem_"))
-        if half and multiplies and row["kernel"] not in STATISTICS and row["arch"] in MATRIX:
+        if half and multiplies and row["kernel"] not in WITHOUT_PRODUCTS and row["arch"] in MATRIX:
             assert MATRIX[row["arch"]] in row["instruction"], row
             seen.add(row["kernel"])
     assert seen >= {
@@ -107,6 +109,9 @@ def test_half_precision_uses_the_matrix_units(version):
         "stem_first",
         "stem_conv",
         "stem_tokens",
+        "stem_input_gradient",
+        "stem_weight_gradient",
+        "stem_image_gradient",
     }
 
 
@@ -136,7 +141,9 @@ def test_cases_cover_what_is_supported(version, arch):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cases_cover_the_stem(version, arch):
-    """The published stems' layers by both strides, training and inference, uint8 and float."""
+    """The published stems' layers by both strides, training and inference, uint8 and float, and
+    their gradients.
+    """
     rows = [row for row in table(version) if row["arch"] == arch and is_stem(row)]
     cases: dict[str, set[str]] = {}
     for row in rows:
@@ -147,6 +154,12 @@ def test_cases_cover_the_stem(version, arch):
     assert {"c3-24-48", "c3-48-96", "c3-64-128", "s2-2"} <= pairs
     convolutions = {w for case in cases["stem_conv"] for w in case.split()}
     assert {"c96-192", "c128-128", "c256-512", "s1", "s2"} <= convolutions
+    for kernel in ("stem_input_gradient", "stem_weight_gradient"):
+        gradients = {w for case in cases[kernel] for w in case.split()}
+        # The last one is the 1x1.
+        assert {"c24-48", "c48-96", "c96-192", "c128-128", "s1", "s2", "c384-384"} <= gradients
+    images = {w for case in cases["stem_image_gradient"] for w in case.split()}
+    assert {"c3-24", "c3-48", "c3-64", "uint8", "train", "tf32", "ieee"} <= images
 
 
 def test_every_kernel_is_compiled_in_few_pairs():
@@ -157,15 +170,23 @@ def test_every_kernel_is_compiled_in_few_pairs():
     }
     assert pairs["3.6"] == pairs["3.9"]
     stem = {pair for pair in pairs["3.9"] if pair[0].startswith("stem_")}
+    backward = {pair for pair in stem if pair[1] == "backward"}
     assert len(pairs["3.9"] - stem) <= 48
-    assert len(stem) <= 32
+    assert len(stem - backward) <= 32
+    assert len(backward) <= 32
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")}
     launched = {kernel for kernel, _, _ in pairs["3.9"]}
     # Files of more than one kernel, and those without.
-    several = {"position_factors", "factor_gradient", "parameter_gradient", "stem_affine"}
+    several = {
+        "position_factors", "factor_gradient", "parameter_gradient", "stem_affine",
+        "stem_weight_sum", "stem_norm_gradient",
+    }  # fmt: skip
     assert several <= launched
-    without = {"__init__", "blocks", "configs", "dropout", "stem_blocks", "stem_configs"}
-    assert launched - several == kernels - without - {"position_gradient"}
+    without = {
+        "__init__", "blocks", "configs", "dropout", "stem_blocks", "stem_configs",
+        "stem_gradient_blocks", "stem_gradient_configs",
+    }  # fmt: skip
+    assert launched - several == kernels - without - {"position_gradient", "stem_sums"}
 
 
 def test_what_is_installed_compiles_to_the_table():
@@ -300,3 +321,38 @@ def test_work_with_a_running_softmax():
         2 * 5 * 2 * 128 * 128 * 64,
         2 * 2 * 128 * 128,
     )
+
+
+def test_work_of_the_stems_gradients_by_hand():
+    """Two images through a convolution of 48 to 96 channels, 15 x 11 pixels to 8 x 6."""
+    above = SimpleNamespace(shape=(2, 96, 8, 6), dtype="bfloat16")
+    below = SimpleNamespace(shape=(2, 48, 15, 11), dtype="bfloat16")
+    sizes = {"B": 2, "H": 15, "W": 11, "OH": 8, "OW": 6, "C": 48, "OUT": 96, "STRIDE": 2}
+    inputs = {
+        **sizes,
+        "grad": above,
+        "weight": SimpleNamespace(shape=(96, 48, 3, 3), dtype="bfloat16"),
+        "below": below,
+        "dx": below,
+        "TAPS": 9,
+        "ROWS": 64,
+        "WIDTH": 64,
+        "DEPTH": 32,
+    }
+    work = model.work("stem_input_gradient", inputs)
+    assert work.bytes == 2 * (2 * 96 * 48 + 96 * 48 * 9 + 2 * 2 * 48 * 15 * 11)
+    # Pixels of four kinds, 8 x 6 of an image at the most, in two tiles of each kind; by all kinds
+    # together nine taps.
+    assert work.flops == 2 * 128 * 9 * 64 * 96
+    weights = {
+        **sizes,
+        "grad": above,
+        "below": below,
+        "TAPS": 9,
+        "ROWS": 32,
+        "INS": 64,
+        "OUTS": 128,
+    }
+    work = model.work("stem_weight_gradient", weights)
+    assert work.bytes == 2 * (2 * 96 * 48 + 2 * 48 * 15 * 11)
+    assert work.flops == 2 * 96 * 9 * 64 * 128

@@ -154,7 +154,7 @@ def run(
     options = training, EPS, *pixels
     stages = Stages(*lists, strides)
     # oneDNN's bfloat16 convolutions of images of one column are garbage (torch 2.15).
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         _, raw, means, variances = conv_stem_torch.forward(*inputs, stages, *options, True)
         if change is not None:
             change(raw)
@@ -201,7 +201,7 @@ def test_numbers(
     D: int, dtype: torch.dtype, training: bool, launches, check_agreement,
 ) -> None:  # fmt: skip
     # Which activations rounding puts on the other side of zero is chance: several draws.
-    draws = 1 if dtype == torch.float32 else 3
+    draws = 1 if dtype == torch.float32 else 2
     problems = [
         problem(image, images, channels, strides, D, dtype, seed=seed, batch=1 + seed % 2)
         for seed in range(draws)
