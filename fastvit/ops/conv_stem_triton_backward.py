@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels import stem_gradient_configs as configs
+from fastvit.kernels.configs import Config
 from fastvit.kernels.stem_blocks import within_reach
 from fastvit.kernels.stem_image_gradient import stem_image_gradient
 from fastvit.kernels.stem_input_gradient import stem_input_gradient
@@ -36,6 +37,11 @@ class _Setting(NamedTuple):
     precision: str
     training: bool
     eps: float
+
+    def input_gradient(self, weight: Tensor) -> Config:
+        """The launch that leads back through the weights of a convolution."""
+        out, channels = weight.shape[:2]
+        return configs.input_gradient(self.arch, self.arithmetic, out, channels, self.training)
 
 
 class _Norm(NamedTuple):
@@ -67,7 +73,8 @@ def backward(
     if grad.numel() == 0:
         learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
         tensors = (x, proj_weight, proj_bias, pos_embed, cls_token, *learned)
-        return [t.new_zeros(t.shape) for t, w in zip(tensors, wanted, strict=True) if w]
+        zeros = [None if t is None else t.new_zeros(t.shape) for t in tensors]
+        return picked(wanted, zeros)
     arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
     setting = _Setting(architecture(x.device), arithmetic, precision(), training, eps)
     norms = [
@@ -114,7 +121,7 @@ def backward(
                 dz, partials = _input_gradient(setting, dz, channels_last(weight), stride, *below)
             elif wanted[0]:
                 dimage = x.new_empty(x.shape)
-                config = configs.input_gradient(*setting[:2], *weight.shape[:2], setting.training)
+                config = setting.input_gradient(weight)
                 stem_input_gradient(
                     dz, channels_last(weight), stride, None, None, eps, dimage, False,
                     setting.precision, config,
@@ -150,7 +157,7 @@ def _input_gradient(
     """The gradient before the ReLU that follows ``below``, with fixed statistics that of ``below``,
     and the sums in parts that the batch norm needs.
     """
-    config = configs.input_gradient(*setting[:2], *weight.shape[:2], setting.training)
+    config = setting.input_gradient(weight)
     dx = below.new_empty_strided(below.shape, below.stride())
     partials = stem_input_gradient(
         grad, weight, stride, below, norm, setting.eps, dx, not setting.training,
@@ -164,7 +171,8 @@ def _weight_gradient(
 ) -> Tensor:
     """Of a 3x3 or, where ``grad`` are tokens, the last 1x1."""
     taps = weight[0, 0].numel()
-    config = configs.weight_gradient(*setting[:2], *weight.shape[:2], taps)
+    out, channels = weight.shape[:2]
+    config = configs.weight_gradient(setting.arch, setting.arithmetic, out, channels, taps)
     partials = stem_weight_gradient(
         grad, stride, taps, below, norm, setting.eps, torch.float32, setting.precision, config
     )

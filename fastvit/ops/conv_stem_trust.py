@@ -28,6 +28,8 @@ from fastvit.ops import (
 )
 from fastvit.ops.conv_stem_torch import Forward, Stages
 from fastvit.ops.conv_stem_triton import Plan
+from fastvit.ops.gpsa_triton import architecture
+from fastvit.ops.gpsa_triton import precision as float32_precision
 from fastvit.ops.trust import Candidate, source_hash
 from fastvit.reference import stage_grids
 from fastvit.testing import Agreement, agreement
@@ -86,8 +88,7 @@ def trusts_backward(
         return True
     problem = _problem(x, proj_weight, stages, "train" if training else "keep")
     # Their configurations follow from the architecture and the widths.
-    launch = conv_stem_triton.architecture(x.device)
-    precision = conv_stem_triton.precision()
+    launch, precision = architecture(x.device), float32_precision()
     check = functools.partial(_check_backward, precision, problem)
     return _is_trusted("backward", problem, launch, precision, check, asked)
 
@@ -140,7 +141,8 @@ def _key(direction: str, problem: _Problem, launch: str, precision: str) -> str:
 def code() -> str:
     """The kernels at hand, as keys name them."""
     folder = Path(fastvit.kernels.__file__).parent
-    own = [__file__, *(m.__file__ for m in (conv_stem_triton, conv_stem_triton_backward, testing))]
+    modules = (conv_stem_triton, conv_stem_triton_backward, testing)
+    own = (__file__, *(str(module.__file__) for module in modules))
     shared = (folder / name for name in ("blocks.py", "configs.py"))
     return source_hash(*folder.glob("stem_*.py"), *shared, *map(Path, own))
 
@@ -229,8 +231,9 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
     def moved(tensors: Sequence[Tensor], device: torch.device, wide: torch.dtype) -> list[Tensor]:
         return [_moved(t, problem, device, wide) for t in tensors]
 
-    here = Stages(*(moved(t, cpu, problem.dtype) for t in stages[:5]), problem.strides)
-    inputs = moved([x, *tokens], cpu, problem.dtype)
+    lists: list[Any] = [moved(t, cpu, problem.dtype) for t in stages[:5]]
+    inputs: list[Any] = moved([x, *tokens], cpu, problem.dtype)
+    here = Stages(*lists, problem.strides)
     kept = conv_stem_torch.forward(*inputs, here, training, *options, True)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(kept.tokens.shape, generator=generator)
@@ -238,10 +241,11 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
     wanted = [t.is_floating_point() for t in learned]
 
     def run(backward: Any, device: torch.device, wide: torch.dtype) -> list[Tensor]:
-        lists = [moved(t, device, wide) for t in (*here[:3], kept.means, kept.variances)]
+        kinds = (*lists[:3], kept.means, kept.variances)
+        there: list[Any] = [moved(t, device, wide) for t in kinds]
         raw = [conv_stem_torch.channels_last(t) for t in moved(kept.raw, device, wide)]
         first = moved([grad, *inputs], device, wide)
-        last = (Stages(*lists, problem.strides), training, *options, wanted)
+        last = (Stages(*there, problem.strides), training, *options, wanted)
         return backward(*first, raw, *last)
 
     results = (

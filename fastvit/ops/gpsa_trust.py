@@ -55,8 +55,8 @@ def trusted_plan(
     if not trust.needs_proof(q.device):
         return gpsa_triton.plan(direction, q, grid_size, dropout)
     precision = gpsa_triton.precision()
-    call = (trust.generation(), direction, q.device, q.dtype, q.shape, grid_size, precision)
-    call = (*call, dropout)
+    of_q = (q.device, q.dtype, q.shape)
+    call = (trust.generation(), direction, *of_q, grid_size, precision, dropout)
     found = _settled.get(call)
     if found is None:
         found = gpsa_triton.plan(direction, q, grid_size, dropout)
