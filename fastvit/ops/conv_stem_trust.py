@@ -231,10 +231,11 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
     def moved(tensors: Sequence[Tensor], device: torch.device, wide: torch.dtype) -> list[Tensor]:
         return [_moved(t, problem, device, wide) for t in tensors]
 
-    lists: list[Any] = [moved(t, cpu, problem.dtype) for t in stages[:5]]
-    inputs: list[Any] = moved([x, *tokens], cpu, problem.dtype)
-    here = Stages(*lists, problem.strides)
-    kept = conv_stem_torch.forward(*inputs, here, training, *options, True)
+    lists = [moved(t, cpu, problem.dtype) for t in stages[:5]]
+    inputs = moved([x, *tokens], cpu, problem.dtype)
+    here = Stages._make([*lists, problem.strides])
+    forward: Callable[..., Forward] = conv_stem_torch.forward
+    kept = forward(*inputs, here, training, *options, True)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(kept.tokens.shape, generator=generator)
     learned = [*inputs, *here.weights, *here.bn_weights, *here.bn_biases]
@@ -242,10 +243,10 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
 
     def run(backward: Any, device: torch.device, wide: torch.dtype) -> list[Tensor]:
         kinds = (*lists[:3], kept.means, kept.variances)
-        there: list[Any] = [moved(t, device, wide) for t in kinds]
+        there = [moved(t, device, wide) for t in kinds]
         raw = [conv_stem_torch.channels_last(t) for t in moved(kept.raw, device, wide)]
         first = moved([grad, *inputs], device, wide)
-        last = (Stages(*there, problem.strides), training, *options, wanted)
+        last = (Stages._make([*there, problem.strides]), training, *options, wanted)
         return backward(*first, raw, *last)
 
     results = (
