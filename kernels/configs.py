@@ -209,12 +209,14 @@ def _dropout_forward(p: Problem) -> Config:
 
 def _dropout_query(p: Problem) -> Config:
     config = _dropout_forward(p)
-    # Wide heads in float32 spill in the tiles of the forward.
-    if p.arithmetic == "ieee" and p.channels > 64:
-        return config._replace(rows=32, warps=4)
-    if p.arithmetic == "tf32" and p.channels > 64:
+    if p.channels <= 64:
+        return config
+    # Wide heads spill in the tiles of the forward.
+    if p.arithmetic == "ieee":
+        return config._replace(rows=32, keys=32, warps=8)
+    if p.arithmetic == "tf32":
         return config._replace(rows=16)
-    return config
+    return config if p.arch in _FROM_SHARED_MEMORY else config._replace(keys=16)
 
 
 def _dropout_key(p: Problem) -> Config:
