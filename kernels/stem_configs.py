@@ -104,11 +104,12 @@ def _product(
     shared = arch in _FROM_SHARED_MEMORY
     keys = _blocks(out, sizes if shared else (128, 96, 64, 32))
     config = Config(rows=64, keys=keys, channels=_steps(arch, channels, activates), stages=3)
-    if positions * out < 128 * sum(keys) * _MULTIPROCESSORS[arch]:
+    if positions * out < 128 * sum(keys) * _MULTIPROCESSORS[arch] or sum(keys) <= 64:
         # Few positions: smaller tiles keep more multiprocessors busy.
-        return config._replace(keys=_blocks(out, (64, 32)))
-    if sum(keys) <= 64:
-        return config
+        small = config._replace(keys=_blocks(out, (64, 32)))
+        # What is activated goes through registers on its way, and more of it would spill.
+        spills = activates and arch != "sm_90" and sum(config.channels) > 48
+        return small._replace(channels=(32,)) if spills else small
     if activates and not shared and len(keys) > 1 and channels > 48:
         # More would spill.
         return config._replace(channels=(32,))
