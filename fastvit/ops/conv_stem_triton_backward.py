@@ -69,7 +69,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """What :func:`fastvit.ops.conv_stem_torch.backward` gives."""
-    depth = len(raw)
+    depth, raw = len(raw), [channels_last(y) for y in raw]
     if grad.numel() == 0:
         learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
         tensors = (x, proj_weight, proj_bias, pos_embed, cls_token, *learned)
