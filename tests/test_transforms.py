@@ -347,13 +347,17 @@ def test_func_grad_of_layers(layer: tuple[torch.nn.Module, Tensor]) -> None:
     assert_all_close(actual.values(), [p.grad for p in module.parameters()])
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_an_exported_program_trains(layer: tuple[torch.nn.Module, Tensor], training: bool) -> None:
+def test_an_exported_program_trains(
+    layer: tuple[torch.nn.Module, Tensor], training: bool, strict: bool
+) -> None:
     """It holds the bare ops, whose outputs would look differentiable and give no gradient."""
+    torch._dynamo.reset()
     module, x = layer
     module.train(training)
     twin = copy.deepcopy(module)
-    exported = torch.export.export(module, (x,)).module()
+    exported = torch.export.export(module, (x,), strict=strict).module()
     out = exported(x)
     out.square().sum().backward()
     expected = twin(x)
@@ -416,6 +420,16 @@ def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "gpsa_backward_empty": (
             ops._gpsa_backward,
             (torch.randn(0, 3, 15, 8), q[:0], k[:0], v[:0], weight, gate, *gpsa_options),
+        ),
+        "gpsa_dropout_seed": (ops._gpsa_dropout_seed, (q,)),
+        "gpsa_dropout_forward": (
+            ops._gpsa_dropout_forward,
+            (q, k, v, weight, gate, torch.tensor([7]), *GRID, 0.35, 0.1, "auto"),
+        ),
+        "gpsa_dropout_backward": (
+            ops._gpsa_dropout_backward,
+            (torch.randn(2, 3, 15, 8), q, k, v, weight, gate, torch.tensor([7]), *GRID, 0.35, 0.1,
+             "auto"),
         ),
         "mhsa_forward": (ops._mhsa_forward, (q, k, v, 0.35, "auto")),
         "mhsa_forward_empty": (ops._mhsa_forward, (q[:0], k[:0], v[:0], 0.35, "auto")),

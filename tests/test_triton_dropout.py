@@ -273,19 +273,38 @@ def test_a_layer_in_training_and_in_eval(dtype: torch.dtype, launches) -> None:
     assert launches["dropout_forward"] == 1
 
 
-def test_a_layer_compiled() -> None:
-    """One graph, and another mask at every call."""
+@pytest.mark.parametrize("budget", [1.0, 0.9, 0.5])
+def test_a_layer_compiled(budget: float) -> None:
+    """One graph, another mask at every call, and in the backward the mask of the forward, however
+    much the compiler would rather compute again than keep.
+    """
     torch._dynamo.reset()
     layer = fastvit.GPSA(32, 2, attn_drop=0.5, backend="triton").to(DEVICE).train()
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(1, 9, 32, device=DEVICE, requires_grad=True)
-    first, second = compiled(x), compiled(x)
-    assert not torch.equal(first, second)
-    # The gradient is that of the mask of the same call: the output is linear in v.
-    torch.manual_seed(0)
-    out = compiled(x)
-    (gradient,) = torch.autograd.grad(out.sum(), layer.v.weight)
-    torch.testing.assert_close((gradient * layer.v.weight).sum(), (out - layer.proj.bias).sum())
+    outputs = []
+    for _ in range(2):
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            out = compiled(x)
+        # The output is linear in v.
+        (gradient,) = torch.autograd.grad(out.sum(), layer.v.weight)
+        torch.testing.assert_close((gradient * layer.v.weight).sum(), (out - layer.proj.bias).sum())
+        outputs.append(out.detach())
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_composed_path_whatever_the_default_dtype(default: torch.dtype) -> None:
+    tensors = problem(1, 2, 12, 16, torch.float32).values()
+    seed = torch.tensor([SEED], device=DEVICE)
+    expected = gpsa_dropout_torch.forward(*tensors, seed, (3, 4), 0.25, 0.1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = gpsa_dropout_torch.forward(*tensors, seed, (3, 4), 0.25, 0.1)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
 
 
 def test_checkpointing_draws_the_same_mask() -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel's check that its process does not survive counts as failed, for the next processes."""
+"""A kernel's check that two processes do not survive counts as failed, for the next ones."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -67,11 +68,13 @@ def other_process(deed: str) -> subprocess.Popen:
     ids=["crash", "exit", "hang"],
 )
 def test_a_check_that_its_process_did_not_survive(deed, cache):
-    process = other_process(deed)
-    if "sleep" in deed:
-        process.kill()
-    process.wait()
-    process.stdout.close()
+    for _ in range(2):
+        process = other_process(deed)
+        if "sleep" in deed:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        assert len(list(cache.glob("*.check"))) == 1
     words = rf"process {process.pid}, which began the check at 20\d\d-.*, ended before it did"
     with pytest.warns(RuntimeWarning, match=words) as caught:
         assert not trust.trusts(Candidate("op/key", not_run), "auto")
@@ -87,6 +90,41 @@ def test_a_check_that_its_process_did_not_survive(deed, cache):
         trust.forget()
     (cache / "verdicts.json").unlink()
     assert trust.trusts(Candidate("op/key", agrees), "auto")
+
+
+def test_a_process_that_is_killed_once_costs_no_kernel(cache):
+    """As when its job is ended while it compiles."""
+    process = other_process("time.sleep(600)")
+    process.terminate()
+    process.wait()
+    process.stdout.close()
+    assert len(list(cache.glob("*.check"))) == 1
+    assert trust.trusts(Candidate("op/key", agrees), "auto")
+    assert [file.name for file in cache.iterdir()] == ["verdicts.json"]
+
+
+def leave_marker(cache: Path, key: str, **changes: object) -> None:
+    """What a process leaves that a check ended twice."""
+    cache.mkdir(exist_ok=True)
+    marker = {"key": key, "pid": 17, "at": "2026-01-02 03:04:05", "tries": 2}
+    marker["host"] = socket.gethostname()
+    (cache / "left.check").write_text(json.dumps({**marker, **changes}))
+
+
+def test_markers_of_other_hosts_say_nothing(cache):
+    """Their locks may not be seen here."""
+    leave_marker(cache, "op/key", host="another")
+    assert trust.trusts(Candidate("op/key", agrees), "auto")
+
+
+def test_a_verdict_that_came_meanwhile_counts(cache):
+    leave_marker(cache, "op/key")
+    assert "op/key" in trust._verdicts.load()
+    (cache / "verdicts.json").write_text(json.dumps({"op/key": ""}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trust.trusts(Candidate("op/key", not_run), "auto")
+    assert json.loads((cache / "verdicts.json").read_text()) == {"op/key": ""}
 
 
 def test_a_check_that_is_running_elsewhere_says_nothing(cache):
@@ -175,10 +213,8 @@ def test_where_nothing_can_be_written(cache, monkeypatch):
 
 @pytest.mark.skipif(_native.reason() is not None, reason="needs the compiled module fastvit._C")
 def test_info_shows_it_and_leaves_out_other_versions(cache):
-    cache.mkdir()
     key = f"patch_embed/forward/bfloat16/float/mma/{patch_embed_trust.code()}/sm_80"
-    marker = {"key": key, "pid": 17, "at": "2026-01-02 03:04:05"}
-    (cache / "left.check").write_text(json.dumps(marker))
+    leave_marker(cache, key)
     earlier = "patch_embed/forward/float16/float/mma/0123456789ab-cdef/nvcc-12.0/sm_80"
     (cache / "verdicts.json").write_text(json.dumps({earlier: "DISAGREES"}))
     found = fastvit.info()
@@ -193,9 +229,7 @@ def test_info_shows_it_and_leaves_out_other_versions(cache):
 
 def test_a_cache_that_may_only_be_read(cache, monkeypatch):
     """What others left there is heeded; what is found stays in memory."""
-    cache.mkdir()
-    marker = {"key": "op/key", "pid": 17, "at": "2026-01-02 03:04:05"}
-    (cache / "left.check").write_text(json.dumps(marker))
+    leave_marker(cache, "op/key")
 
     def refuse(*args: object, **options: object) -> None:
         raise PermissionError("read-only")

@@ -130,20 +130,28 @@ def capture_training(device: Device, make: Make) -> str | None:
 
 
 def capture_dropout(device: Device) -> str | None:
-    """Every replay drops other weights of the same share."""
-    layer, x = _layer(device)
+    """Every replay of a training step drops other weights, and its backward the same as its
+    forward: the output is linear in the values, so their weight times its gradient is the output.
+    """
+    layer, x = _layer(device, torch.float32)
     layer.attn_drop.p = 0.5
-    with torch.no_grad():
-        replay, out = device.capture(lambda: layer.train()(x))
-        draws_of_graph = []
-        for _ in range(2):
-            out.fill_(float("nan"))
-            replay()
-            device.synchronize()
-            draws_of_graph.append(out.clone())
-    if not all(x.isfinite().all() for x in draws_of_graph):
-        raise AssertionError("not all of the output was written")
-    if torch.equal(*draws_of_graph):
+    layer.train()
+
+    def step() -> tuple[Tensor, Tensor]:
+        out = layer(x)
+        (gradient,) = torch.autograd.grad(out.square().sum(), layer.v.weight)
+        return out.detach(), gradient
+
+    replay, (out, gradient) = device.capture(step)
+    outputs = []
+    for _ in range(2):
+        out.fill_(float("nan"))
+        replay()
+        device.synchronize()
+        outputs.append(out.clone())
+        expected = (2 * out * (out - layer.proj.bias)).double().sum()
+        _close([(gradient * layer.v.weight.detach()).double().sum()], [expected.detach()])
+    if torch.equal(*outputs):
         raise AssertionError("two replays dropped the same weights")
     return None
 

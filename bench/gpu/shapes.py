@@ -161,6 +161,7 @@ def _full() -> Plan:
         Group("dropout", "gpsa_dropout", 8, 9, 48, (14, 14)),
         Group("dropout 24x24", "gpsa_dropout", 2, 3, 48, (24, 24)),
         Group("dropout d=128", "gpsa_dropout", 2, 3, 128, (5, 9)),
+        Group("dropout layouts", "gpsa_dropout", 2, 3, 24, (5, 9), ("permuted", "misaligned")),
     ]
     shapes = [_shape(size, 256, 196) for size in SIZES]
     shapes += [_shape(size, 64, 196) for size in ("S", "B")]
@@ -218,7 +219,7 @@ def _full() -> Plan:
             ("gpsa", "bfloat16", 2, 2, (3, 90), 48),
             ("gpsa", "bfloat16", 140, 2, (4, 4), 48),
             *(("mhsa", dtype, 2, 2, (1, 50), 64) for dtype in dtypes),
-            ("gpsa_dropout", "bfloat16", 2, 2, (5, 7), 48),
+            *(("gpsa_dropout", dtype, 2, 2, (5, 7), 48) for dtype in dtypes),
             *(
                 (f"patch_embed{pixels}", dtype, 2, patch, (3, 5), 136)
                 for pixels in ("", " uint8")

@@ -63,15 +63,33 @@ def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
     for weight, gamma, beta, mean, variance, stride in zip(*stages, strict=True):
         pixels = math.prod(stage_grids(x.shape[-2:], [stride])[0])
         if x.shape[0] * pixels < weight[0].numel():
-            raw = channels_last(F.conv2d(x, weight, stride=stride, padding=1))
+            raw = channels_last(_convolution(x, weight, None, stride))
             x = _normalize(raw, gamma, beta, mean, variance, eps)
             continue
         dtype = wide(weight.dtype)
         scale = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + eps)
         bias = beta.to(dtype) - mean.to(dtype) * scale
         # oneDNN's convolution with the ReLU inside would gain a few per cent and lose every NaN.
-        x = F.conv2d(x, _scaled(weight, scale), bias.to(weight.dtype), stride, padding=1).relu_()
+        x = _convolution(x, _scaled(weight, scale), bias.to(weight.dtype), stride).relu_()
     return x
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """3x3 with padding 1."""
+    if not _is_garbage(x, (x.shape[3] - 1) // stride + 1):
+        return F.conv2d(x, weight, bias, stride, padding=1)
+    wide = None if bias is None else bias.float()
+    return F.conv2d(x.float(), weight.float(), wide, stride, padding=1).to(x.dtype)
+
+
+def _is_garbage(x: Tensor, columns: int) -> bool:
+    """Whether a 3x3 convolution of x has to be made in float32.
+
+    In bfloat16, oneDNN's gradient of the weights of one that gives a single column is garbage in
+    channels_last; on processors with AMX it and the convolution itself are so in any layout (torch
+    2.11 and 2.15).
+    """
+    return columns == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
@@ -194,7 +212,7 @@ def forward(
             zip(stages.weights, stages.bn_weights, stages.bn_biases, stages.strides, strict=True)
         ):
             # A convolution of one channel answers in another layout.
-            y = channels_last(F.conv2d(x, weight, stride=stride, padding=1))
+            y = channels_last(_convolution(x, weight, None, stride))
             del x
             if training:
                 x, mean_i, variance_i = _normalize_batch(y, gamma, beta, eps)
@@ -267,9 +285,7 @@ def backward(
         )  # fmt: skip
         y = activation(i - 1)
         weight, dtype = stages.weights[i], stages.weights[i].dtype
-        if y.device.type == "cpu" and dtype == torch.bfloat16 and y.shape[3] == 1:
-            # oneDNN's weight gradient in bfloat16 is garbage there (torch 2.11 and 2.15): in
-            # channels_last, and on processors with AMX for a single pixel in any layout.
+        if _is_garbage(y, draw.shape[3]):
             draw, y, weight = (t.float() for t in (draw, y, weight))
         dy, dweight, _ = torch.ops.aten.convolution_backward(
             draw, y, weight, None, [stages.strides[i]] * 2,

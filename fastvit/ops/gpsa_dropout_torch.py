@@ -53,7 +53,8 @@ def kept(seed: Tensor, shape: tuple[int, int, int], dropout_p: float) -> Tensor:
     heads = (count(H) * B + count(B)[:, None])[:, :, None, None]
     words = torch.broadcast_tensors(*_philox((fours, queries, heads, seed.new_zeros(())), seed))
     word = torch.stack(words, -1).flatten(-2)[..., :N]
-    threshold = torch.tensor(dropout_p, dtype=torch.float32, device=seed.device)
+    # Not a copy from the host, which no CUDA graph takes.
+    threshold = torch.full((), dropout_p, dtype=torch.float32, device=seed.device)
     return (word >> 8).float() * 2.0**-24 >= threshold
 
 
@@ -90,7 +91,8 @@ def _maps(
     position = (py[:, :, None, :, None] * px[:, None, :, None, :]).reshape(H, N, N)
     gate = torch.sigmoid(gating_param.to(position.dtype))[:, None, None]
     amplify = 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
-    return _Maps(content, position, gate, amplify * kept(seed, (B, H, N), dropout_p))
+    mask = kept(seed, (B, H, N), dropout_p).to(content.dtype).mul_(amplify)
+    return _Maps(content, position, gate, mask)
 
 
 def forward(

@@ -57,7 +57,8 @@ def backward(
     """The gradients of q and k as (B, N, 2, H, d), of v, of ``pos_weight`` and ``gating_param``."""
     gradients, (dq, dk, dv) = gradients_like(q, v, packed=False)
     if q.numel() == 0:
-        return *gradients, torch.zeros_like(pos_weight), torch.zeros_like(gating_param)
+        zeros = (x.new_zeros(x.shape) for x in (pos_weight, gating_param))
+        return *gradients, *zeros
     grad, q, k, v = map(readable, (grad, q, k, v))
     gating_param = gating_param.contiguous()
     B, H, N, _ = q.shape

@@ -107,7 +107,8 @@ def backward(
     """
     gradients, (dq, dk, dv) = gradients_like(q, v, packed)
     if q.numel() == 0:
-        return *gradients, torch.zeros_like(pos_weight), torch.zeros_like(gating_param)
+        zeros = (x.new_zeros(x.shape) for x in (pos_weight, gating_param))
+        return *gradients, *zeros
     gating_param = gating_param.contiguous()
     dpos_weight, dgating = pos_weight.new_empty(pos_weight.shape), torch.empty_like(gating_param)
     grad, q, k, v = map(readable, (grad, q, k, v))

@@ -125,11 +125,13 @@ def _inputs(dtype: torch.dtype, tokens: int, channels: int, gated: bool) -> list
     """grad, q, k, v and, gated, pos_weight and gating_param, rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(0)
     shape = (_IMAGES, tokens, _HEADS, channels)
-    drawn = [torch.randn(shape, generator=generator).transpose(1, 2) for _ in range(4)]
+    # Whatever the default dtype is.
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    drawn = [torch.randn(shape, **options).transpose(1, 2) for _ in range(4)]
     if gated:
         # The gradient follows the values, or the sums that are the parameters' gradients cancel.
         drawn[0] = drawn[0] + drawn[3]
-        pos_weight = 0.3 * torch.randn(_HEADS, 3, generator=generator)
+        pos_weight = 0.3 * torch.randn(_HEADS, 3, **options)
         # A head that looks near its own place, as trained ones do, and gates open, half and shut.
         pos_weight[:, 2] = -pos_weight[:, 2].abs()
         drawn += [pos_weight, torch.tensor([4.0, 0.5, -4.0])]

@@ -21,7 +21,9 @@ _LIBRARY = torch.library.Library("fastvit", "DEF")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def register(schema: str, fake: Callable[..., Any], *, direct: bool = False) -> Callable[[F], Any]:
+def register(
+    schema: str, fake: Callable[..., Any], *, direct: bool = False, random: bool = False
+) -> Callable[[F], Any]:
     """Register the decorated function as the op of ``schema`` on every device.
 
     Args:
@@ -30,6 +32,8 @@ def register(schema: str, fake: Callable[..., Any], *, direct: bool = False) -> 
         direct: whether calls that nobody watches may go past the dispatcher, whose way back into
             Python costs 5 µs. For ops that change none of their arguments, and take no lists of
             tensors.
+        random: whether it takes numbers from PyTorch's generator, so that no compiler calls it
+            again for what it gave.
 
     Returns:
         A decorator that gives back the op as a callable.
@@ -38,7 +42,8 @@ def register(schema: str, fake: Callable[..., Any], *, direct: bool = False) -> 
 
     def decorate(implementation: F) -> Any:
         isolated = _isolated(implementation)
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = (torch.Tag.nondeterministic_seeded,) if random else ()
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, isolated, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
         op = getattr(torch.ops.fastvit, name).default
@@ -72,8 +77,8 @@ def _unwatched(args: Sequence[Any]) -> bool:
     for x in args:
         kind = type(x)
         if kind is Tensor or kind is torch.nn.Parameter:
-            # The dispatcher resolves the lazy minus.
-            if x.is_neg():
+            # The dispatcher resolves the lazy minus, and gives a zero without memory some.
+            if x.is_neg() or x._is_zerotensor():
                 return False
         elif isinstance(x, Tensor):
             return False
@@ -180,7 +185,12 @@ def differentiable(
         @functools.wraps(op)
         def call(*args: Any) -> Any:
             if torch.compiler.is_compiling():
-                return function.apply(*args) if _needs_grad(args) else op(*args)
+                if not _needs_grad(args):
+                    return op(*args)
+                # A strict export would trace the Function without its gradient; the op within has
+                # it by register_gradient.
+                exporting = torch.compiler.is_exporting()
+                return function.forward(*args) if exporting else function.apply(*args)
             if in_transform():
                 return function.apply(*args)
             return EagerTwin.apply(*args) if _needs_grad(args) else op(*args)

@@ -7,8 +7,8 @@ hash of the sources, compute capability and Triton's version. It is trusted if i
 ``verified.json``, which comes with the package, or if a small comparison with PyTorch passed when
 it was first needed; the outcome is kept in a file of the user's cache. While a check runs, a file
 beside that one says so, and is locked: where the process does not live to see the end, because the
-kernel hung or crashed it, the next one finds the file without its lock and takes that for the
-outcome.
+kernel hung or crashed it, the next one finds the file without its lock and tries once more; the one
+after two such ends takes them for the outcome.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -95,7 +96,7 @@ def trusts(candidate: Candidate, asked: str) -> bool:
                 _verdicts.record(candidate.key, known, lasting)
             _warn(candidate, asked, "disagrees with PyTorch")
         elif candidate.key in _verdicts.died:
-            _bury(candidate.key, _verdicts.died.pop(candidate.key))
+            known = _bury(candidate.key, _verdicts.died.pop(candidate.key))
             _warn(candidate, asked, "did not finish its check")
     if known and asked != "auto":
         raise RuntimeError(
@@ -260,11 +261,20 @@ def _write_marker(key: str) -> tuple[int, Path] | None:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=directory, suffix=".tmp")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(descriptor, json.dumps({"key": key, "pid": os.getpid(), "at": started}).encode())
+        earlier = [file for file, marker in _abandoned() if marker.get("key") == key]
+        marker = {
+            "key": key,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "tries": 1 + len(earlier),
+        }
+        os.write(descriptor, json.dumps(marker).encode())
         # Its name comes last: others find it whole and locked.
         file = Path(name).with_suffix(_MARKER)
         os.rename(name, file)
+        for file_of_earlier in earlier:
+            _remove(file_of_earlier)
     except OSError:
         if name is not None:
             os.close(descriptor)
@@ -275,6 +285,8 @@ def _write_marker(key: str) -> tuple[int, Path] | None:
 
 #: Of the file that is there, and locked, while a check runs.
 _MARKER = ".check"
+#: Processes that a check may not be survived by before it is taken for failed.
+_TRIES = 2
 
 
 def _abandoned() -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -286,9 +298,11 @@ def _abandoned() -> Iterator[tuple[Path, dict[str, Any]]]:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            # One whose check ended between the two calls is no file any more.
-            if os.fstat(descriptor).st_nlink:
-                yield file, _read(file)
+            # One whose check ended between the two calls is no file any more, and a lock may not
+            # be seen from another host.
+            marker = _read(file) if os.fstat(descriptor).st_nlink else {}
+            if marker.get("host") == socket.gethostname():
+                yield file, marker
         except OSError:
             # It is held: the check is running.
             continue
@@ -297,26 +311,33 @@ def _abandoned() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _died(kept: Container[str]) -> dict[str, str]:
-    """The checks whose processes ended before them, in words, but for those that were made again:
-    what these left behind is removed.
+    """The checks that processes did not survive twice, in words: the first time it may have been
+    killed for another reason. Of those that were made again, what was left is removed.
     """
     found = {}
     for file, marker in _abandoned():
         key = str(marker.get("key"))
         if key in kept:
             _remove(file)
-        else:
+        elif marker.get("tries", 1) >= _TRIES:
             found[key] = (
                 f"process {marker.get('pid')}, which began the check at {marker.get('at')}, ended "
-                "before it did: the kernel crashed or hung, or the process was killed"
+                "before it did, and so did one before: the kernel crashes or hangs, or the "
+                "processes were killed"
             )
     return found
 
 
-def _bury(key: str, finding: str) -> None:
-    """Make a check that its process did not survive a verdict like others."""
-    _add_to_cache(key, finding)
+def _bury(key: str, finding: str) -> str:
+    """Make a check that its processes did not survive a verdict like others, unless another process
+    has come to one meanwhile. The verdict.
+    """
+    kept = _read(_cache_file())
+    if key not in kept:
+        _add_to_cache(key, finding)
+    _verdicts.load()[key] = found = str(kept.get(key, finding))
     _died(_read(_cache_file()))
+    return found
 
 
 def _remove(file: Path) -> None:

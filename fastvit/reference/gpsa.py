@@ -86,7 +86,8 @@ def gpsa_attention(
     if kept is None:
         attn = F.dropout(attn, dropout_p, training=dropout_p > 0.0)
     else:
-        attn = torch.where(kept, attn / (1.0 - dropout_p), 0.0)
+        # Where all are dropped nothing is left to be amplified.
+        attn = torch.where(kept, attn, 0.0) / (1.0 - dropout_p if dropout_p < 1.0 else 1.0)
     # The position parameters, and softmax under autocast, may be wider than the values.
     return attn.to(v.dtype) @ v
 
