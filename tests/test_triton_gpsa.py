@@ -499,16 +499,13 @@ def test_autocast(dtype: torch.dtype, launches, monkeypatch: pytest.MonkeyPatch)
         ({"d": 136}, "16 to 128 channels"),
         ({"grid": (1, 65)}, "up to 64 x 64, and this one is 1 x 65"),
         ({"dtype": torch.float64}, "the tokens are float64"),
-        ({"dropout_p": 0.1}, r"attention dropout \(0.1\)"),
     ],
 )
 def test_refusals_have_reasons(change: dict, words: str) -> None:
     grid, d = change.get("grid", (2, 2)), change.get("d", 16)
     inputs = problem(1, 1, grid[0] * grid[1], d, change.get("dtype", torch.float32))
     with pytest.raises(RuntimeError, match=f"'triton' was asked for, but .*{words}"):
-        gpsa_attention(
-            **inputs, grid_size=grid, dropout_p=change.get("dropout_p", 0.0), backend="triton"
-        )
+        gpsa_attention(**inputs, grid_size=grid, backend="triton")
     # Nobody who does not ask for it is refused.
     assert gpsa_attention(**inputs, grid_size=grid).shape == inputs["q"].shape
 

@@ -255,18 +255,20 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
         run(conv_stem_torch.backward, cpu, torch.float64),
     )
     for i, found in enumerate(zip(*results, strict=True)):
-        # Rounding near zero decides single elements behind a ReLU.
-        yield from _compared(f"gradient[{i}]", *found, precision=precision, maxima=False)
+        # Rounding near zero decides single elements behind a ReLU; of a batch norm's parameters
+        # there are few, and their mean square is chance, too.
+        ulps = 4 if found[0].ndim == 1 else 0
+        yield from _compared(f"gradient[{i}]", *found, precision=precision, maxima=False, ulps=ulps)
 
 
 def _compared(
-    name: str, *tensors: Tensor, precision: str, maxima: bool = True
+    name: str, *tensors: Tensor, precision: str, maxima: bool = True, ulps: int = 0
 ) -> Iterator[Agreement]:
     """The rule for root mean squares, and for maxima with the room that chance needs; of what was
     found, PyTorch's in the same dtype and float64's.
     """
     actual, reference, expected = tensors
-    floor = 0.0
+    floor = ulps * torch.finfo(reference.dtype).eps
     if reference.dtype == torch.float32 and precision == "tf32":
         # The processor has no tf32 to compare with: four of its units in the last place.
         floor = 4 * 2.0**-10
