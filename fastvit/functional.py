@@ -32,6 +32,7 @@ from fastvit.ops import gpsa_dropout as _gpsa_dropout
 from fastvit.ops import mhsa as _mhsa
 from fastvit.ops import patch_embed as _patch_embed
 from fastvit.ops.backend import choose, choose_once, requested
+from fastvit.ops.conv_stem_torch import stage_shapes
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.ops.tokens import unpack_heads
 from fastvit.reference import ConvStage
@@ -407,7 +408,7 @@ def conv_stem(
         *weights, *gammas, *betas, *(() if training else running),
     )  # fmt: skip
     if training and tracked:
-        shapes = _conv_stem.stage_shapes(x, weights, strides)
+        shapes = stage_shapes(x, weights, strides)
         counts = [B * height * width for B, _, height, width in shapes]
         # An empty batch leaves them alone, as PyTorch's batch norm does.
         if counts[0] > 0:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from fastvit.ops import conv_stem_torch
 from fastvit.ops.backend import Call, choose
-from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, Tensors, channels_last
+from fastvit.ops.conv_stem_torch import (
+    Floats,
+    Forward,
+    Stages,
+    Tensors,
+    channels_last,
+    stage_shapes,
+)
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
@@ -23,7 +30,6 @@ from fastvit.ops.library import (
     register_gradient,
 )
 from fastvit.ops.tokens import wide
-from fastvit.reference import stage_grids
 
 _STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
 _STAGES = (
@@ -31,14 +37,6 @@ _STAGES = (
     "Tensor[] variances, SymInt[] strides"
 )
 _OPTIONS = "bool training, float eps, float[]? mean, float[]? std"
-
-
-def stage_shapes(
-    x: Tensor, weights: Tensors, strides: Sequence[int]
-) -> list[tuple[int, int, int, int]]:
-    """Shapes (B, C, H, W) of what the convolutions give."""
-    grids = stage_grids(x.shape[-2:], strides)
-    return [(x.shape[0], w.shape[0], *grid) for w, grid in zip(weights, grids, strict=True)]
 
 
 def call(x: Tensor, weights: Tensors, proj_weight: Tensor) -> Call:

@@ -43,6 +43,14 @@ class Stages(NamedTuple):
     strides: Sequence[int]
 
 
+def stage_shapes(
+    x: Tensor, weights: Tensors, strides: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """Shapes (B, C, H, W) of what the convolutions give."""
+    grids = stage_grids(x.shape[-2:], strides)
+    return [(x.shape[0], w.shape[0], *grid) for w, grid in zip(weights, grids, strict=True)]
+
+
 def channels_last(x: Tensor) -> Tensor:
     """(B, C, H, W) with C innermost in memory, copied only if it is not.
 

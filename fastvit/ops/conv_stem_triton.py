@@ -19,7 +19,7 @@ from fastvit.kernels.stem_pair import stem_pair
 from fastvit.kernels.stem_statistics import stem_affine, stem_statistics
 from fastvit.kernels.stem_tokens import stem_tokens
 from fastvit.ops import conv_stem_torch
-from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, channels_last
+from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, channels_last, stage_shapes
 from fastvit.ops.gpsa_triton import architecture, precision
 from fastvit.reference import stage_grids
 
@@ -95,12 +95,6 @@ def _pixels(x: Tensor, mean: Floats, std: Floats) -> tuple[Sequence[float], Sequ
     return mean or (0.0,) * channels, std or (1.0,) * channels
 
 
-def _maps(x: Tensor, stages: Stages) -> list[tuple[int, int, int, int]]:
-    """Shapes of what the convolutions give."""
-    grids = stage_grids(x.shape[-2:], stages.strides)
-    return [(x.shape[0], w.shape[0], *grid) for w, grid in zip(stages.weights, grids, strict=True)]
-
-
 def _map(weight: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """An empty map with channels innermost."""
     _, C, H, W = shape
@@ -115,7 +109,7 @@ def _infer(x: Tensor, stages: Stages, eps: float, pixels: Any, plan: Plan) -> Te
             stages.bn_weights, stages.bn_biases, stages.means, stages.variances, strict=True
         )
     ]
-    shapes, done = _maps(x, stages), 0
+    shapes, done = stage_shapes(x, stages.weights, stages.strides), 0
     for name, config in plan.kernels[:-1]:
         last = done + 1 if name == "stem_pair" else done
         weight, stride = stages.weights[last], stages.strides[last]
@@ -149,7 +143,8 @@ def _keep(
     means: list[Tensor] = []
     variances: list[Tensor] = []
     affine: Tensor | None = None
-    for i, (shape, (_, config)) in enumerate(zip(_maps(x, stages), plan.kernels, strict=False)):
+    shapes = stage_shapes(x, stages.weights, stages.strides)
+    for i, (shape, (_, config)) in enumerate(zip(shapes, plan.kernels, strict=False)):
         weight, stride = stages.weights[i], stages.strides[i]
         gamma, beta = stages.bn_weights[i].contiguous(), stages.bn_biases[i].contiguous()
         out, values, partials = _map(weight, shape), shape[0] * shape[2] * shape[3], None

@@ -20,6 +20,7 @@ import fastvit.kernels
 from fastvit import testing
 from fastvit.kernels import stem_statistics
 from fastvit.kernels.blocks import INTERPRETED
+from fastvit.kernels.configs import Config
 from fastvit.ops import (
     conv_stem_torch,
     conv_stem_triton,
@@ -41,6 +42,10 @@ _EPS = 1e-5
 
 #: Kinds of calls whose kernels are trusted: they need not be named and looked up again.
 _settled: set[tuple[Any, ...]] = set()
+
+
+#: The kernels of a call with their configurations, or the architecture from which these follow.
+_Launch = tuple[tuple[str, Config], ...] | str
 
 
 class _Problem(NamedTuple):
@@ -69,11 +74,9 @@ def trusted_plan(
     if not trust.needs_proof(x.device):
         return plan
     problem = _problem(x, proj_weight, stages, "train" if training else "keep" if save else "infer")
-    launch = ",".join(
-        f"{kernel}{tuple(config)}".replace(" ", "") for kernel, config in plan.kernels
-    )
     check = functools.partial(_check_forward, plan, problem)
-    return plan if _is_trusted("forward", problem, launch, plan.precision, check, asked) else None
+    known = _is_trusted("forward", problem, plan.kernels, plan.precision, check, asked)
+    return plan if known else None
 
 
 def trusts_backward(
@@ -102,7 +105,7 @@ def _problem(x: Tensor, proj_weight: Tensor, stages: Stages, mode: str) -> _Prob
 def _is_trusted(
     direction: str,
     problem: _Problem,
-    launch: str,
+    launch: _Launch,
     precision: str,
     check: Callable[[], Iterator[Agreement]],
     asked: str,
@@ -122,7 +125,9 @@ def _is_trusted(
     return True
 
 
-def _key(direction: str, problem: _Problem, launch: str, precision: str) -> str:
+def _key(direction: str, problem: _Problem, launch: _Launch, precision: str) -> str:
+    if not isinstance(launch, str):
+        launch = ",".join(f"{kernel}{tuple(config)}".replace(" ", "") for kernel, config in launch)
     capability = "interpreter"
     if not INTERPRETED:
         capability = "sm_{}{}".format(*torch.cuda.get_device_capability(problem.device))

@@ -26,22 +26,22 @@ from fastvit.ops.library import (
 from fastvit.ops.tokens import gradients_like, like_heads, unpack_heads
 
 
-@register(
+def _draw(like: Tensor) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+
+
+_seed = register(
     "_gpsa_dropout_seed(Tensor like) -> Tensor",
     lambda like: like.new_empty(1, dtype=torch.int64),
     random=True,
-)
-def _seed(like: Tensor) -> Tensor:
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+)(_draw)
 
 
 def new_seed(like: Tensor) -> Tensor:
     """(1,) in int64 from the generator of the device of ``like``."""
     # A compiler would rather draw a randint again in the backward than keep it; vmap knows what
     # to do with one.
-    if torch.compiler.is_compiling():
-        return _seed(like.detach())
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+    return _seed(like.detach()) if torch.compiler.is_compiling() else _draw(like)
 
 
 _ARGUMENTS = (
