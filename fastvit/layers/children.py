@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from fastvit.ops.linear import onednn_linear, takes_onednn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is exactly of one of these classes, with nobody watching it.
@@ -21,9 +19,13 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     ``attn_drop``, and an adapter or a parametrisation puts another class in a layer's place. A
     fused forward would leave both silently out.
     """
-    replaced = "forward" in module.__dict__
-    watched = any(getattr(module, name) for name in _HOOKS)
-    return type(module) in kinds and not replaced and not watched
+    return type(module) in kinds and not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def dropout_rate(dropout: nn.Module) -> float:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of patch embeddings, and of models that add class token and positions to them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvit.functional import patch_embed
+from fastvit.integrations.adapter import Accelerated
+from fastvit.layers.children import is_plain
+from fastvit.ops.library import autocast_dtype
+
+
+class Unembedded:
+    """Images on their way through a model that adds class token and positions right after its
+    embedding: the embedding hands them on, and the addition runs both as one op.
+    """
+
+    def __init__(self, images: Tensor, embedding: AcceleratedEmbedding | None = None) -> None:
+        self.images = images
+        self.embedding = embedding
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the images, whose first number models read."""
+        return self.images.shape
+
+    def through(self, embedding: AcceleratedEmbedding) -> Unembedded:
+        return Unembedded(self.images, embedding)
+
+    def tokens(self, cls_token: Tensor | None, pos_embed: Tensor) -> Tensor:
+        """(B, N[+1], D), in the dtype that a model gets by adding them itself."""
+        assert self.embedding is not None
+        return self.embedding._tokens(self.images, cls_token, pos_embed)
+
+    def __add__(self, pos_embed: Tensor) -> Tensor:
+        return self.tokens(None, pos_embed)
+
+
+class AcceleratedEmbedding(Accelerated):
+    """An embedding whose tokens the model may complete in the same op."""
+
+    def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
+        """(B, N[+1], D)."""
+        raise NotImplementedError
+
+    def _fits(self, images: object) -> bool:
+        """Whether the fused op may stand for the library's forward on these images."""
+        raise NotImplementedError
+
+    def _last_weight(self) -> Tensor:
+        """What the tokens come from last, whose dtype they have."""
+        raise NotImplementedError
+
+    def _tokens(self, images: Tensor, cls_token: Tensor | None, pos_embed: Tensor) -> Tensor:
+        """Tokens with the class token in front and the positions added, as the model would.
+
+        Under autocast a sum with float32 positions is in float32, and stays a sum of its own.
+        """
+        weight = self._last_weight()
+        dtype = autocast_dtype(weight) or weight.dtype
+        if pos_embed.dtype == dtype and (cls_token is None or cls_token.dtype == dtype):
+            return self._fused(images, pos_embed=pos_embed, cls_token=cls_token)
+        x = self._fused(images)
+        alone = pos_embed.shape[1] == x.shape[1]
+        if alone:
+            x = x + pos_embed
+        if cls_token is not None:
+            x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        return x if alone else x + pos_embed
+
+
+class AcceleratedPatchEmbed(AcceleratedEmbedding):
+    """Base of the adapters of patch embeddings: a convolution whose stride is its kernel."""
+
+    _layer = "patch_embed"
+
+    @classmethod
+    def _projection(cls, module: Any) -> nn.Conv2d:
+        """The convolution."""
+        return module.proj
+
+    @classmethod
+    def _refusal(cls, module: nn.Module) -> str | None:
+        conv = cls._projection(module)
+        if conv is not module and not is_plain(conv, nn.Conv2d):
+            return f"its projection is a {type(conv).__name__}, or a hook sits on it"
+        expected = {"stride": conv.kernel_size, "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        for option, value in expected.items():
+            if getattr(conv, option) != value:
+                return f"its projection has {option}={getattr(conv, option)}, expected {value}"
+        return None
+
+    def _last_weight(self) -> Tensor:
+        return self._projection(self).weight
+
+    def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
+        conv = self._projection(self)
+        return patch_embed(
+            images, conv.weight, conv.bias, backend=self._backend, **token_parameters
+        )
+
+    def _fits(self, images: object) -> bool:
+        if not self._serves(images, 4):
+            return False
+        assert isinstance(images, Tensor)
+        conv = self._projection(self)
+        (height, width), (ph, pw) = images.shape[-2:], conv.kernel_size
+        return (
+            images.shape[1] == conv.in_channels
+            and height % ph == 0
+            and width % pw == 0
+            and (conv is self or is_plain(conv, nn.Conv2d))
+            and (images.dtype == conv.weight.dtype or autocast_dtype(conv.weight) is not None)
+            and images.device == conv.weight.device
+        )
+
+    def _is_size(self, images: Any, size: object) -> bool:
+        """Whether images have the one size that the layer was built for."""
+        return tuple(images.shape[-2:]) == tuple(size)  # type: ignore[arg-type]
+
+
+class AcceleratedConv2d(AcceleratedPatchEmbed):
+    """The convolution itself, in a model that makes tokens of its (B, D, gh, gw)."""
+
+    @classmethod
+    def _projection(cls, module: Any) -> nn.Conv2d:
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            return super().forward(x)
+        (height, width), (ph, pw) = x.shape[-2:], self._projection(self).kernel_size
+        return self._fused(x).transpose(1, 2).unflatten(2, (height // ph, width // pw))
+
+
+class AcceleratedModel(Accelerated):
+    """Base of the adapters of models that complete the tokens of their embedding. Their ``refusal``
+    says why class token and positions are not added in its op.
+    """
+
+    #: Where the embedding is.
+    _embedding: ClassVar[str]
+    #: What the report says of it.
+    _note: ClassVar[str] = "with class token and positions"
+
+    def _completes(self, images: object) -> bool:
+        """Whether the embedding may hand its images on: nobody watches what it gives."""
+        embedding = getattr(self, self._embedding)
+        return (
+            isinstance(embedding, AcceleratedEmbedding)
+            and is_plain(embedding, type(embedding))
+            and not nn.modules.module._has_any_global_hook()
+            and embedding._fits(images)
+        )
