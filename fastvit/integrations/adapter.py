@@ -116,4 +116,4 @@ def adapted_class(mixin: type[Accelerated], original: type[nn.Module]) -> type[A
 
 def _new(mixin: type[Accelerated], original: type[nn.Module]) -> Any:
     adapted = adapted_class(mixin, original)
-    return adapted.__new__(adapted)
+    return nn.Module.__new__(adapted)

@@ -42,7 +42,7 @@ def qualified_name(kind: type) -> str:
 
 
 def adapter_of(module: nn.Module) -> type[Accelerated] | None:
-    """The adapter of modules of exactly this class, or None. A Sequential is known by its layers."""
+    """The adapter of exactly this class, or None. A Sequential is known by its layers."""
     if type(module) is nn.Sequential:
         return AcceleratedStem if _misfit_of_stem(module) is None else None
     return _ADAPTERS.get(qualified_name(type(module)))
