@@ -49,7 +49,11 @@ def accelerate(
     Args:
         model: of any kind.
         layers: the kinds to swap.
-        mode: "train" serves ``train()`` and ``eval()``.
+        mode: "train" serves ``train()`` and ``eval()``. "infer" is for a model in ``eval()`` and
+            also keeps what derives from its parameters where that saves time (stacked projections
+            on a GPU, batch norms folded into a stem's weights on a processor): a snapshot. It
+            follows ``to()``; ``train()``, ``load_state_dict()`` and gradients raise RuntimeError
+            until :func:`restore`.
         backend: of the swapped layers; "auto" follows :func:`fastvit.set_backend`.
         where: called with the name and the module of each layer that could be swapped; those for
             which it is false stay.
@@ -62,7 +66,8 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is no module, or is compiled or scripted.
-        ValueError: an unknown name of a layer, mode or backend.
+        ValueError: an unknown name of a layer, mode or backend; mode "infer" for a layer that is
+            in ``train()``.
         NotAccelerated: the backend that was asked for by name runs none of the layers; with
             ``strict``, nothing was swapped or something was skipped; with ``verify``, the outputs
             differ by more than the square root of their dtype's eps, relative to the largest.

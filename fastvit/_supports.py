@@ -84,7 +84,7 @@ def _of_module(
         # A dry run counts batches all the same.
         module = copy.deepcopy(module) if list(module.buffers()) else copy.copy(module)
         if backend is not None:
-            module.backend = backend
+            module.backend = backend  # type: ignore[assignment]
         return _dry_run(module, inputs, options)
     adapter = module._mixin if isinstance(module, Accelerated) else adapter_of(module)
     if adapter is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastvit.ops.backend import Call, requested
@@ -17,6 +18,8 @@ class Setting(NamedTuple):
     backend: str | None
     #: "train" or "infer".
     mode: str
+    #: In mode "infer", what was made of the parameters; None where that would gain nothing.
+    frozen: Any = None
 
 
 class Former(NamedTuple):
@@ -60,12 +63,48 @@ class Accelerated(nn.Module):
         """Whether the fused op may run: not under ``torch.fx``, whose proxies it would refuse, nor
         on what the library's own forward has to complain of.
         """
-        return (
-            isinstance(x, Tensor)
-            and x.ndim == ndim
-            and x.is_floating_point()
-            and requested(self._fastvit.backend) != "reference"
-        )
+        if not (isinstance(x, Tensor) and x.ndim == ndim and x.is_floating_point()):
+            return False
+        self._refuse_gradients(x)
+        return requested(self._fastvit.backend) != "reference"
+
+    @classmethod
+    def _freeze(cls, module: Any) -> Any:
+        """What derives from the parameters and is worth keeping, or None."""
+        return None
+
+    def _refuse_gradients(self, x: Tensor) -> None:
+        """In mode "infer", raise RuntimeError if a gradient would be asked for."""
+        if self._fastvit.mode != "infer" or not torch.is_grad_enabled():
+            return
+        if x.requires_grad or any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError(
+                "accelerated with mode='infer', which gives no gradients: run under "
+                "torch.inference_mode() or torch.no_grad(), or call fastvit.restore(model)"
+            )
+
+    def train(self, mode: bool = True) -> Accelerated:
+        """Refuses to train in mode "infer"."""
+        if mode and self._fastvit.mode == "infer":
+            raise RuntimeError(
+                "accelerated with mode='infer', which cannot train: fastvit.restore(model) first"
+            )
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Another device or dtype: what was frozen follows."""
+        applied = super()._apply(*args, **kwargs)
+        if self._fastvit.frozen is not None:
+            self.__dict__["_fastvit"] = self._fastvit._replace(frozen=self._freeze(self))
+        return applied
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._fastvit.mode == "infer":
+            raise RuntimeError(
+                "accelerated with mode='infer', a snapshot of the parameters: "
+                "fastvit.restore(model) before loading others"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the two classes that this one was made of, which both have names."""
@@ -82,6 +121,10 @@ def swap(module: nn.Module, mixin: type[Accelerated], setting: Setting) -> None:
     """Give a module of a library's class the adapter, or an adapted one another setting."""
     if not isinstance(module, Accelerated):
         module.__class__ = adapted_class(mixin, type(module))
+    if setting.mode == "infer":
+        if module.training:
+            raise ValueError("mode: 'infer' expects a model in eval(), got one in train()")
+        setting = setting._replace(frozen=mixin._freeze(module))
     module.__dict__["_fastvit"] = setting
 
 

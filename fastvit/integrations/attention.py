@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvit.integrations.adapter import Accelerated
 from fastvit.layers import gpsa, mhsa
-from fastvit.layers.children import is_plain
+from fastvit.layers.children import is_plain, stacked_parameters
 from fastvit.ops.backend import Call
 
 
@@ -30,12 +30,16 @@ class AcceleratedGPSA(Accelerated):
     def _call(cls, module: Any) -> Call:
         return super()._call(module)._replace(channels=module.dim // module.num_heads)
 
+    @classmethod
+    def _freeze(cls, module: Any) -> Any:
+        return stacked_parameters((module.qk, module.v)) if module.v.weight.is_cuda else None
+
     def forward(self, x: Tensor) -> Tensor:
         # Not math.isqrt, which torch.compile cannot trace for a symbolic number of patches.
         side = int(x.shape[1] ** 0.5) if self._serves(x, 3) else 0
         if side * side != x.shape[1] or not gpsa.is_fusible(self):
             return super().forward(x)
-        return gpsa.fused_gpsa(self, x, (side, side), self._backend)
+        return gpsa.fused_gpsa(self, x, (side, side), self._backend, self._fastvit.frozen)
 
     def get_attention(self, x: Tensor) -> Tensor:
         """The mixed attention map (B, H, N, N), by the library's own arithmetic."""

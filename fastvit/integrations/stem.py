@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastvit.integrations.embedding import AcceleratedEmbedding
 from fastvit.layers.children import is_plain
 from fastvit.layers.conv_stem import Stage, fused_conv_stem, is_fusible, stem_parts
 from fastvit.ops.backend import Call
+from fastvit.ops.conv_stem_torch import Folded, Stages, fold, infer_folded
 from fastvit.ops.library import autocast_dtype
-from fastvit.reference import stage_grids
+from fastvit.reference import assemble_tokens, stage_grids
 
 #: timm's batch norm with the activation inside.
 _NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
@@ -91,9 +93,28 @@ class AcceleratedStem(AcceleratedEmbedding):
             and images.device == weight.device
         )
 
+    @classmethod
+    def _freeze(cls, module: nn.Module) -> Folded | None:
+        """The batch norms in the weights, on a processor; kernels scale what they have summed."""
+        (stages, projection) = stem_parts(module)
+        if projection.weight.device.type != "cpu" or stages[0][1].running_mean is None:
+            return None
+        with torch.no_grad():
+            columns = zip(
+                *((c.weight, n.weight, n.bias, n.running_mean, n.running_var) for c, n in stages),
+                strict=True,
+            )
+            strides = [conv.stride[0] for conv, _ in stages]
+            return fold(Stages(*map(list, columns), strides), stages[0][1].eps)
+
     def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
         parts = self._parts()
         assert parts is not None
+        folded, conv = self._fastvit.frozen, parts.projection
+        if folded is not None and autocast_dtype(conv.weight) is None:
+            tokens = infer_folded(images, folded, conv.weight, conv.bias)
+            options = {"pos_embed": None, "cls_token": None, **token_parameters}
+            return assemble_tokens(tokens, **options)
         return fused_conv_stem(
             parts.stages, parts.projection, images, backend=self._backend, **token_parameters
         )

@@ -56,8 +56,16 @@ def stacked_projection(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     One launch then reads ``x`` once, which has not been measured on a GPU. On a processor it gained
     nothing over the copy of the weights.
     """
+    stack = stacked_parameters(layers) if _takes_stacks(x) else None
+    return None if stack is None else F.linear(x, *stack)
+
+
+def stacked_parameters(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Weights and biases of plain linear layers, one below the other; None if somebody would miss a
+    layer's own call, or only some have a bias.
+    """
     first, *others = layers
-    if not _takes_stacks(x) or not all(is_plain(layer, nn.Linear) for layer in layers):
+    if not all(is_plain(layer, nn.Linear) for layer in layers):
         return None
     if nn.modules.module._has_any_global_hook():
         return None
@@ -67,7 +75,7 @@ def stacked_projection(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     bias = None
     if first.bias is not None:
         bias = torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
-    return F.linear(x, weight, bias)
+    return weight, bias
 
 
 def _takes_stacks(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import reference
@@ -98,8 +99,17 @@ def is_fusible(layer: Any) -> bool:
     )
 
 
-def fused_gpsa(layer: Any, x: Tensor, grid: tuple[int, int], backend: str | None) -> Tensor:
-    """The forward of a GPSA, ours or another library's, on ``x`` (B, N, dim)."""
+def fused_gpsa(
+    layer: Any,
+    x: Tensor,
+    grid: tuple[int, int],
+    backend: str | None,
+    stack: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """The forward of a GPSA, ours or another library's, on ``x`` (B, N, dim).
+
+    ``stack`` are weights and biases of ``qk`` and ``v`` stacked beforehand.
+    """
     B, N, dim = x.shape
     heads = (layer.num_heads, dim // layer.num_heads)
     parameters = (_pos_weight(layer.pos_proj), layer.gating_param, grid)
@@ -108,7 +118,10 @@ def fused_gpsa(layer: Any, x: Tensor, grid: tuple[int, int], backend: str | None
         "dropout_p": dropout_rate(layer.attn_drop),
         "backend": backend,
     }
-    qkv = stacked_projection((layer.qk, layer.v), x)
+    if stack is None:
+        qkv = stacked_projection((layer.qk, layer.v), x)
+    else:
+        qkv = F.linear(x, *stack)
     if qkv is not None:
         out = gpsa_attention_qkvpacked(qkv.view(B, N, 3, *heads), *parameters, **options)
     else:
