@@ -100,12 +100,16 @@ class AcceleratedStem(AcceleratedEmbedding):
         if projection.weight.device.type != "cpu" or stages[0][1].running_mean is None:
             return None
         with torch.no_grad():
-            columns = zip(
-                *((c.weight, n.weight, n.bias, n.running_mean, n.running_var) for c, n in stages),
-                strict=True,
+            norms: list[Any] = [norm for _, norm in stages]
+            parts = Stages(
+                [conv.weight for conv, _ in stages],
+                [norm.weight for norm in norms],
+                [norm.bias for norm in norms],
+                [norm.running_mean for norm in norms],
+                [norm.running_var for norm in norms],
+                [conv.stride[0] for conv, _ in stages],
             )
-            strides = [conv.stride[0] for conv, _ in stages]
-            return fold(Stages(*map(list, columns), strides), stages[0][1].eps)
+            return fold(parts, norms[0].eps)
 
     def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
         parts = self._parts()
