@@ -46,7 +46,9 @@ class Unembedded:
         return self._made
 
     def __add__(self, pos_embed: Any) -> Tensor:
-        is_positions = isinstance(pos_embed, Tensor) and pos_embed.ndim == 3
+        shape = pos_embed.shape if isinstance(pos_embed, Tensor) else ()
+        # Of one token it could be a sum over all of them.
+        is_positions = len(shape) == 3 and shape[0] == 1 and shape[1] > 1
         if self._embedding is None or self._made is not None or not is_positions:
             return self.plain() + pos_embed
         return self.tokens(None, pos_embed)
