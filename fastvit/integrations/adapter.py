@@ -69,6 +69,10 @@ class Accelerated(nn.Module):
         return requested(self._fastvit.backend) != "reference"
 
     @classmethod
+    def _announce(cls, adapted: type[nn.Module], original: type[nn.Module]) -> None:
+        """Tell the library of the new class, where it has to know."""
+
+    @classmethod
     def _freeze(cls, module: Any) -> Any:
         """What derives from the parameters and is worth keeping, or None."""
         return None
@@ -148,12 +152,14 @@ def adapted_class(mixin: type[Accelerated], original: type[nn.Module]) -> type[A
     key = mixin, original
     if key not in _made:
         members = {
-            "__module__": mixin.__module__,
+            # Of the library, by which torch.fx knows what it need not trace.
+            "__module__": original.__module__,
             "__doc__": f"{original.__qualname__} of {original.__module__}, on fastvit's ops.",
             "_mixin": mixin,
             "_original": original,
         }
         _made[key] = type(f"Accelerated{original.__name__}", (mixin, original), members)
+        mixin._announce(_made[key], original)
     return _made[key]
 
 

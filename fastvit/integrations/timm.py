@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from fastvit.integrations.embedding import (
 )
 from fastvit.integrations.stem import AcceleratedStem
 from fastvit.layers.children import is_plain
+
+
+class GPSA(AcceleratedGPSA):
+    """A leaf for ``torch.fx``, as timm's is."""
+
+    @classmethod
+    def _announce(cls, adapted: type[nn.Module], original: type[nn.Module]) -> None:
+        fx = sys.modules.get("timm.layers._fx")
+        if fx is not None and fx.is_notrace_module(original):
+            fx.register_notrace_module(adapted)
 
 
 class PatchEmbed(AcceleratedPatchEmbed):
@@ -124,7 +135,7 @@ class VisionTransformer(_Model):
 
 #: By the qualified names of the library's classes.
 ADAPTERS: dict[str, type[Accelerated]] = {
-    "timm.models.convit.GPSA": AcceleratedGPSA,
+    "timm.models.convit.GPSA": GPSA,
     "timm.models.convit.MHSA": AcceleratedAttention,
     "timm.layers.attention.Attention": AcceleratedAttention,
     # Where it was before timm 1.0.17.
