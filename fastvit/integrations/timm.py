@@ -72,7 +72,7 @@ class HybridEmbed(AcceleratedModel, AcceleratedEmbedding):
         return self.backbone._fused(images, **token_parameters)  # type: ignore[union-attr, operator]
 
     def _fits(self, images: Any) -> bool:
-        return self._refusal(self) is None and self._completes(images)
+        return self._completes(images) and self._refusal(self) is None
 
     def forward(self, x: Any) -> Any:
         # On images, the views that timm makes of the stem's tokens cost nothing.
@@ -94,7 +94,7 @@ class _Model(AcceleratedModel):
         return None
 
     def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._refusal(self) is None and self._completes(x):
+        if self._completes(x) and self._refusal(self) is None:
             x = Unembedded(x)
         return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
