@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -50,8 +50,13 @@ def plan(
         swaps[found.name] = found.module, found.adapter
         backend = choose(found.adapter._call(found.module), requested(setting.backend))
         swapped[found.name] = entry(found, backend, "")
-    for name, reason in _around(model, swaps):
-        swapped[name] = swapped[name]._replace(reason=reason)
+    for name, module, adapter, embedding in _around(model, swaps):
+        refusal_of_model = adapter._refusal(module)
+        if refusal_of_model is None:
+            swaps[name] = module, adapter
+        note = _note(adapter, refusal_of_model)
+        if note:
+            swapped[embedding] = swapped[embedding]._replace(reason=note)
     return Plan(swaps, tuple(swapped.values()), tuple(skipped))
 
 
@@ -74,25 +79,37 @@ def _refusal(
     return "" if reason is None else f"backend {name!r}: {reason}"
 
 
-def _around(model: nn.Module, swaps: Swaps) -> Iterator[tuple[str, str]]:
-    """Add the models that complete the tokens of an embedding among ``swaps``; yields what is to be
-    said of that embedding.
+def notes(model: nn.Module, swapped: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What the report says of the embeddings among layers that are swapped, by name."""
+    for _, module, adapter, embedding in _around(model, swapped):
+        note = _note(adapter, adapter._refusal(module))
+        if isinstance(module, AcceleratedModel) and note:
+            yield embedding, note
+
+
+def _note(adapter: type[AcceleratedModel], refusal: str | None) -> str:
+    if issubclass(adapter, AcceleratedEmbedding):
+        return ""
+    return adapter._note if refusal is None else f"alone, since {refusal}"
+
+
+def _around(
+    model: nn.Module, swapped: Collection[str]
+) -> Iterator[tuple[str, nn.Module, type[AcceleratedModel], str]]:
+    """The models that complete the tokens of an embedding that is swapped: name, module, adapter
+    and the embedding's name.
     """
-    embeddings = {name: name for name in swaps}
+    embeddings = {name: name for name in swapped}
     # Those inside first, so that an embedding around an embedding is known.
     for name, module in reversed(list(model.named_modules())):
         adapter = _model_adapter(module)
         if adapter is None:
             continue
-        child = f"{name}.{adapter._embedding}" if name else adapter._embedding
-        layer, reason = embeddings.get(child), adapter._refusal(module)
-        if layer is None:
-            continue
-        if reason is None:
-            swaps[name] = module, adapter
-            embeddings[name] = layer
-        if not issubclass(adapter, AcceleratedEmbedding):
-            yield layer, f"alone, since {reason}" if reason else adapter._note
+        embedding = embeddings.get(f"{name}.{adapter._embedding}" if name else adapter._embedding)
+        if embedding is not None:
+            if adapter._refusal(module) is None:
+                embeddings[name] = embedding
+            yield name, module, adapter, embedding
 
 
 def _model_adapter(module: nn.Module) -> type[AcceleratedModel] | None:
