@@ -54,8 +54,8 @@ def accelerate(
             follows ``to()``; ``train()``, ``load_state_dict()`` and gradients raise RuntimeError
             until :func:`restore`.
         backend: of the swapped layers; "auto" follows :func:`fastvit.set_backend`.
-        where: called with the name and the module of each layer that could be swapped; those for
-            which it is false stay.
+        where: called with the name and the module of each layer in question; those for which it is
+            false stay.
         strict: refuse if anything that looks like a layer to swap cannot be.
         verify: example input (a tensor, a tuple of arguments or a mapping of keywords). The model
             runs on it before and after, in eval mode, and the outputs are compared.

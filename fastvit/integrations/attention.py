@@ -81,7 +81,9 @@ class AcceleratedAttention(Accelerated):
 
     @classmethod
     def _call(cls, module: Any) -> Call:
-        return super()._call(module)._replace(channels=round(module.scale**-2))
+        width = getattr(module.qkv, "out_features", None)
+        channels = None if width is None else width // (3 * module.num_heads)
+        return super()._call(module)._replace(channels=channels)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))

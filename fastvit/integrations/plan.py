@@ -42,7 +42,10 @@ def plan(
     for found in candidates(model):
         if found.layer not in layers:
             continue
-        reason = found.reason or _refusal(found, setting, where)
+        if where is not None and not where(found.name, found.module):
+            reason = LEFT_OUT
+        else:
+            reason = found.reason or _backend_refusal(found, setting)
         if reason:
             skipped.append(entry(found, "", reason))
             continue
@@ -68,11 +71,7 @@ def entry(found: Candidate, backend: str, reason: str) -> Entry:
     return Entry(found.name, kind.__qualname__, found.layer, backend, reason)
 
 
-def _refusal(
-    found: Candidate, setting: Setting, where: Callable[[str, nn.Module], bool] | None
-) -> str:
-    if where is not None and not where(found.name, found.module):
-        return LEFT_OUT
+def _backend_refusal(found: Candidate, setting: Setting) -> str:
     name = requested(setting.backend)
     assert found.adapter is not None
     reason = None if name == AUTO else refusal(found.adapter._call(found.module), name)
