@@ -69,11 +69,12 @@ def _candidate(name: str, module: nn.Module, makes_patches: bool) -> Candidate |
     if adapter is None:
         found = likeness_of(module)
         return None if found is None else Candidate(name, module, found.layer, None, found.reason)
-    reason = _refusal(module, adapter)
+    reason = refusal_of(module, adapter)
     return Candidate(name, module, adapter._layer, None if reason else adapter, reason or "")
 
 
-def _refusal(module: nn.Module, adapter: type[Accelerated]) -> str | None:
+def refusal_of(module: nn.Module, adapter: type[Accelerated]) -> str | None:
+    """Why an adapter cannot serve a module of the right class, or None."""
     if "forward" in module.__dict__:
         return "it was given a forward of its own"
     if not any(p.is_floating_point() for p in module.parameters()):
