@@ -19,13 +19,18 @@ _EXPORTS = {
     "ConvStem": "fastvit.layers",
     "GPSA": "fastvit.layers",
     "MHSA": "fastvit.layers",
+    "NotAccelerated": "fastvit._report",
     "PatchEmbed": "fastvit.layers",
+    "accelerate": "fastvit._accelerate",
     "attention_maps": "fastvit.inspection",
     "backend": "fastvit.ops.backend",
     "create_model": "fastvit.models",
     "info": "fastvit._info",
     "list_models": "fastvit.models",
+    "report": "fastvit._accelerate",
+    "restore": "fastvit._accelerate",
     "set_backend": "fastvit.ops.backend",
+    "supports": "fastvit._supports",
 }
 _MODULES = ("functional", "layers", "models", "reference", "testing")
 

@@ -70,7 +70,7 @@ def attention_maps(model: nn.Module, x: Tensor) -> dict[str, AttentionMap]:
 
         return read
 
-    with _evaluating(model):
+    with evaluating(model):
         handles = [
             model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
             for name in readers
@@ -126,7 +126,8 @@ def _distance(attn: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode for the duration of a ``with`` block."""
     # Not by train(), which would wake what was frozen.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from fastvit.ops.linear import onednn_linear, takes_onednn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a module is exactly of one of these classes, with nobody watching it.
@@ -21,9 +19,13 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     ``attn_drop``, and an adapter or a parametrisation puts another class in a layer's place. A
     fused forward would leave both silently out.
     """
-    replaced = "forward" in module.__dict__
-    watched = any(getattr(module, name) for name in _HOOKS)
-    return type(module) in kinds and not replaced and not watched
+    return type(module) in kinds and not (
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def dropout_rate(dropout: nn.Module) -> float:
@@ -54,8 +56,16 @@ def stacked_projection(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     One launch then reads ``x`` once, which has not been measured on a GPU. On a processor it gained
     nothing over the copy of the weights.
     """
+    stack = stacked_parameters(layers) if _takes_stacks(x) else None
+    return None if stack is None else F.linear(x, *stack)
+
+
+def stacked_parameters(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Weights and biases of plain linear layers, one below the other; None if somebody would miss a
+    layer's own call, or only some have a bias.
+    """
     first, *others = layers
-    if not _takes_stacks(x) or not all(is_plain(layer, nn.Linear) for layer in layers):
+    if not all(is_plain(layer, nn.Linear) for layer in layers):
         return None
     if nn.modules.module._has_any_global_hook():
         return None
@@ -65,7 +75,7 @@ def stacked_projection(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     bias = None
     if first.bias is not None:
         bias = torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
-    return F.linear(x, weight, bias)
+    return weight, bias
 
 
 def _takes_stacks(x: Tensor) -> bool:

@@ -62,7 +62,7 @@ class ConvStem(reference.ConvStem):
         Raises:
             TypeError: ``module`` has another shape; the message says where.
         """
-        stages, projection = _stem_parts(module)
+        stages, projection = stem_parts(module)
         convolutions, norms = zip(*stages, strict=True)
         layer = cls(
             convolutions[0].in_channels,
@@ -83,61 +83,91 @@ class ConvStem(reference.ConvStem):
             part.training = module.training
         return layer
 
-    def _fusible(self) -> bool:
-        """Whether the stages can run as one op: plain layers, and batch norms of one mind."""
-        *stages, projection = self
-        if not all(is_plain(stage, reference.ConvBNReLU) for stage in stages):
-            return False
-        if not is_plain(projection, reference.Projection):
-            return False
-        norms = [stage.bn for stage in self.stages]
-        convolutions = [*(stage.conv for stage in self.stages), self.projection.conv]
-        if not all(is_plain(conv, nn.Conv2d) for conv in convolutions):
-            return False
-        if not all(is_plain(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
-            return False
-        first, *others = (
-            (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for norm in norms
-        )
-        # momentum=None takes a cumulative average. Buffers that are not tracked are left alone.
-        return (
-            first[2] is not None
-            and all(options == first for options in others)
-            and all(norm.track_running_stats or norm.running_mean is None for norm in norms)
-        )
-
     def forward(self, x: Tensor) -> Tensor:
-        if requested(self.backend) == "reference" or not self._fusible():
+        stages = [(stage.conv, stage.bn) for stage in self.stages]
+        conv = self.projection.conv
+        if requested(self.backend) == "reference" or not (
+            all(is_plain(stage, reference.ConvBNReLU) for stage in self.stages)
+            and is_plain(self.projection, reference.Projection)
+            and is_fusible(stages, conv)
+        ):
             return super().forward(x)
-        stages, conv = self.stages, self.projection.conv
-        norm = stages[0].bn
-        # _fusible has ruled out the None of a cumulative average.
-        momentum = cast(float, norm.momentum)
         raw = x.dtype == torch.uint8
-        tokens = conv_stem(
+        tokens = fused_conv_stem(
+            stages,
+            conv,
             x,
-            [_stage(stage) for stage in stages],
-            conv.weight,
-            conv.bias,
-            training=norm.training,
-            momentum=momentum,
-            eps=norm.eps,
             mean=self.mean if raw else None,
             std=self.std if raw else None,
             backend=self.backend,
         )
-        if norm.training:
-            for stage in stages:
-                if stage.bn.num_batches_tracked is not None:
-                    stage.bn.num_batches_tracked.add_(1)
         if self.flatten:
             return tokens
-        grids = reference.stage_grids(x.shape[-2:], [stage.conv.stride[0] for stage in stages])
+        grids = reference.stage_grids(x.shape[-2:], [conv.stride[0] for conv, _ in stages])
         return tokens.transpose(1, 2).unflatten(2, grids[-1])
 
 
-def _stage(layer: reference.ConvBNReLU) -> ConvStage:
-    conv, norm = layer.conv, layer.bn
+Stage = tuple[nn.Conv2d, nn.BatchNorm2d]
+
+
+def is_fusible(
+    stages: Sequence[Stage], projection: nn.Module, *norms: type[nn.BatchNorm2d]
+) -> bool:
+    """Whether the layers can run as one op: plain ones, and batch norms of one mind.
+
+    Args:
+        stages: the 3x3 convolutions and batch norms.
+        projection: the last convolution.
+        norms: classes of batch norms to accept besides PyTorch's.
+    """
+    if not is_plain(projection, nn.Conv2d):
+        return False
+    for conv, norm in stages:
+        if not is_plain(conv, nn.Conv2d):
+            return False
+        if not (is_plain(norm, nn.BatchNorm2d, *norms) and norm.affine):
+            return False
+    first, *others = (
+        (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for _, norm in stages
+    )
+    # momentum=None takes a cumulative average. Buffers that are not tracked are left alone.
+    return (
+        first[2] is not None
+        and all(options == first for options in others)
+        and all(norm.track_running_stats or norm.running_mean is None for _, norm in stages)
+    )
+
+
+def fused_conv_stem(
+    stages: Sequence[Stage],
+    projection: nn.Conv2d,
+    x: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Tokens (B, N[+1], D) of a stem of which :func:`is_fusible` holds, with what its batch norms
+    do in training. ``options`` are those of :func:`fastvit.functional.conv_stem`.
+    """
+    first = stages[0][1]
+    # is_fusible has ruled out the None of a cumulative average.
+    momentum = cast(float, first.momentum)
+    tokens = conv_stem(
+        x,
+        [_stage(conv, norm) for conv, norm in stages],
+        projection.weight,
+        projection.bias,
+        training=first.training,
+        momentum=momentum,
+        eps=first.eps,
+        **options,
+    )
+    if first.training:
+        for _, norm in stages:
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+    return tokens
+
+
+def _stage(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvStage:
     return ConvStage(
         conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.stride[0]
     )
@@ -155,9 +185,9 @@ def _share_norm(target: nn.BatchNorm2d, source: nn.BatchNorm2d) -> None:
     target.training = source.training
 
 
-def _stem_parts(
+def stem_parts(
     module: nn.Module,
-) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], nn.Conv2d]:
+) -> tuple[list[Stage], nn.Conv2d]:
     """The stages (convolution, batch norm) of a ViT_C stem and its projection.
 
     Raises:

@@ -82,6 +82,35 @@ def _infer(x: Tensor, stages: Stages, eps: float) -> Tensor:
     return x
 
 
+class Folded(NamedTuple):
+    """A stem in eval whose batch norms were folded into its convolutions, a tensor a stage."""
+
+    weights: Tensors
+    biases: Tensors
+    strides: Sequence[int]
+
+
+def fold(stages: Stages, eps: float) -> Folded:
+    """Rounded once, and laid out as the convolutions read them."""
+    weights, biases = [], []
+    for weight, gamma, beta, mean, variance in zip(*stages[:5], strict=True):
+        dtype = wide(weight.dtype)
+        scale = gamma.to(dtype) * torch.rsqrt(variance.to(dtype) + eps)
+        weights.append(channels_last(_scaled(weight, scale)))
+        biases.append((beta.to(dtype) - mean.to(dtype) * scale).to(weight.dtype))
+    return Folded(weights, biases, stages.strides)
+
+
+def infer_folded(
+    x: Tensor, folded: Folded, proj_weight: Tensor, proj_bias: Tensor | None
+) -> Tensor:
+    """Tokens (B, N, D) of images in the dtype of the weights."""
+    x = channels_last(x)
+    for weight, bias, stride in zip(*folded, strict=True):
+        x = _convolution(x, weight, bias, stride).relu_()
+    return linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
+
+
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """3x3 with padding 1."""
     if not _is_garbage(x, (x.shape[3] - 1) // stride + 1):

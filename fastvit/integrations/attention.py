@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of attention layers: gated positional, of timm and the authors of ConViT, and plain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvit.integrations.adapter import Accelerated
+from fastvit.layers import gpsa, mhsa
+from fastvit.layers.children import is_plain, stacked_parameters
+from fastvit.ops.backend import Call
+
+
+class AcceleratedGPSA(Accelerated):
+    """A GPSA of N = side² tokens; both libraries know square grids only."""
+
+    _layer = "gpsa"
+
+    @classmethod
+    def _refusal(cls, module: Any) -> str | None:
+        if not is_plain(module.pos_proj, nn.Linear):
+            return _watched("pos_proj", module.pos_proj, nn.Linear)
+        if not gpsa.is_fusible(module):
+            return _watched("attn_drop", module.attn_drop, nn.Dropout)
+        return None
+
+    @classmethod
+    def _call(cls, module: Any) -> Call:
+        return super()._call(module)._replace(channels=module.dim // module.num_heads)
+
+    @classmethod
+    def _freeze(cls, module: Any) -> Any:
+        return stacked_parameters((module.qk, module.v)) if module.v.weight.is_cuda else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._serves(x, 3) or not gpsa.is_fusible(self):
+            return super().forward(x)
+        # Not math.isqrt, which torch.compile cannot trace for a symbolic number of patches.
+        side = int(x.shape[1] ** 0.5)
+        if side * side != x.shape[1]:
+            return super().forward(x)
+        return gpsa.fused_gpsa(self, x, (side, side), self._backend, self._fastvit.frozen)
+
+    def get_attention(self, x: Tensor) -> Tensor:
+        """The mixed attention map (B, H, N, N), by the library's own arithmetic."""
+        self._keep_positions(x.shape[1])
+        return super().get_attention(x)  # type: ignore[misc]
+
+    def get_attention_map(self, x: Tensor, return_map: bool = False) -> Any:
+        """The mean distance of each head (H,), and with ``return_map`` the map (H, N, N)."""
+        self._keep_positions(x.shape[1])
+        return super().get_attention_map(x, return_map)  # type: ignore[misc]
+
+    def _keep_positions(self, N: int) -> None:
+        """The relative positions, which the library's forward makes and keeps."""
+        kept = getattr(self, "rel_indices", None)
+        if kept is None or kept.shape[1] != N:
+            made: Tensor | None = self.get_rel_indices(N)  # type: ignore[operator]
+            # The authors' method keeps them by itself.
+            if made is not None:
+                self.rel_indices = made
+
+
+class AcceleratedAttention(Accelerated):
+    """Plain attention on one ``qkv``; with a mask it runs as the library's own."""
+
+    _layer = "mhsa"
+
+    @classmethod
+    def _refusal(cls, module: Any) -> str | None:
+        for name in ("q_norm", "k_norm", "norm"):
+            if not is_plain(getattr(module, name, _IDENTITY), nn.Identity):
+                return f"its {name} is a {type(getattr(module, name)).__name__}"
+        if getattr(module, "gate", None) is not None:
+            return "its output is gated"
+        if not mhsa.is_fusible(module):
+            return _watched("attn_drop", module.attn_drop, nn.Dropout)
+        return None
+
+    @classmethod
+    def _call(cls, module: Any) -> Call:
+        width = getattr(module.qkv, "out_features", None)
+        channels = None if width is None else width // (3 * module.num_heads)
+        return super()._call(module)._replace(channels=channels)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
+        if masked or not self._serves(x, 3) or self._refusal(self) is not None:
+            return super().forward(x, *args, **kwargs)
+        return mhsa.fused_mhsa(self, x, self._backend)
+
+
+_IDENTITY = nn.Identity()
+
+
+def _watched(name: str, child: nn.Module, kind: type[nn.Module]) -> str:
+    if type(child) is kind:
+        return f"a hook sits on its {name}, or a forward of its own"
+    return f"its {name} is a {type(child).__name__} in the place of a {kind.__name__}"

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter of ViT_C stems: any chain of modules with the layers of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastvit.integrations.embedding import AcceleratedEmbedding
+from fastvit.layers.children import is_plain
+from fastvit.layers.conv_stem import Stage, fused_conv_stem, is_fusible, stem_parts
+from fastvit.ops.backend import Call
+from fastvit.ops.conv_stem_torch import Folded, Stages, fold, infer_folded
+from fastvit.ops.library import autocast_dtype
+from fastvit.reference import assemble_tokens, stage_grids
+
+#: timm's batch norm with the activation inside.
+_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
+
+
+class _Parts(NamedTuple):
+    """The layers of a stem, and the place of every module within it, to see replacements."""
+
+    stages: tuple[Stage, ...]
+    projection: nn.Conv2d
+    places: tuple[tuple[nn.Module, str, nn.Module], ...]
+    #: Activations, and what only holds the others.
+    rest: tuple[nn.Module, ...]
+    norms: tuple[type[nn.BatchNorm2d], ...]
+
+
+class AcceleratedStem(AcceleratedEmbedding):
+    """A stem that gives (B, D, H', W')."""
+
+    _layer = "conv_stem"
+
+    @classmethod
+    def _refusal(cls, module: nn.Module) -> str | None:
+        try:
+            stages, projection = stem_parts(module)
+        except TypeError as error:
+            return str(error).removeprefix("module: ")
+        norms = _norm_classes(stages)
+        if isinstance(norms, str):
+            return norms
+        if not is_fusible(stages, projection, *norms):
+            return (
+                "its batch norms differ in mode, eps or momentum, or somebody watches one of its "
+                "layers"
+            )
+        return None
+
+    @classmethod
+    def _call(cls, module: nn.Module) -> Call:
+        stages, projection = stem_parts(module)
+        widths = (stages[0][0].in_channels, *(c.out_channels for c, _ in stages))
+        return super()._call(module)._replace(widths=(*widths, projection.out_channels))
+
+    def _parts(self) -> _Parts | None:
+        """The layers, found again only after a replacement: the walk takes longer than the checks.
+        None if they are a stem no more.
+        """
+        parts: _Parts | None = self.__dict__.get("_fastvit_parts")
+        if parts is None or not all(
+            parent._modules.get(name) is child for parent, name, child in parts.places
+        ):
+            parts = None
+            if self._refusal(self) is None:
+                stages, projection = stem_parts(self)
+                norms = _norm_classes(stages)
+                assert not isinstance(norms, str)
+                layers = {projection, *(layer for stage in stages for layer in stage)}
+                places = tuple(_places(self))
+                rest = tuple(child for _, _, child in places if child not in layers)
+                parts = _Parts(tuple(stages), projection, places, rest, norms)
+            self.__dict__["_fastvit_parts"] = parts
+        return parts
+
+    def _last_weight(self) -> Tensor:
+        parts = self._parts()
+        assert parts is not None
+        return parts.projection.weight
+
+    def _fits(self, images: object) -> bool:
+        parts = self._parts()
+        if parts is None or not self._serves(images, 4):
+            return False
+        assert isinstance(images, Tensor)
+        weight = parts.projection.weight
+        return (
+            all(is_plain(child, type(child)) for child in parts.rest)
+            and is_fusible(parts.stages, parts.projection, *parts.norms)
+            and images.shape[1] == parts.stages[0][0].in_channels
+            and (images.dtype == weight.dtype or autocast_dtype(weight) is not None)
+            and images.device == weight.device
+        )
+
+    @classmethod
+    def _freeze(cls, module: nn.Module) -> Folded | None:
+        """The batch norms in the weights, on a processor; kernels scale what they have summed."""
+        (stages, projection) = stem_parts(module)
+        if projection.weight.device.type != "cpu" or stages[0][1].running_mean is None:
+            return None
+        with torch.no_grad():
+            norms: list[Any] = [norm for _, norm in stages]
+            parts = Stages(
+                [conv.weight for conv, _ in stages],
+                [norm.weight for norm in norms],
+                [norm.bias for norm in norms],
+                [norm.running_mean for norm in norms],
+                [norm.running_var for norm in norms],
+                [conv.stride[0] for conv, _ in stages],
+            )
+            return fold(parts, norms[0].eps)
+
+    def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
+        parts = self._parts()
+        assert parts is not None
+        folded, conv = self._fastvit.frozen, parts.projection
+        if folded is not None and autocast_dtype(conv.weight) is None:
+            tokens = infer_folded(images, folded, conv.weight, conv.bias)
+            options = {"pos_embed": None, "cls_token": None, **token_parameters}
+            return assemble_tokens(tokens, **options)
+        return fused_conv_stem(
+            parts.stages, parts.projection, images, backend=self._backend, **token_parameters
+        )
+
+    def forward(self, x: Any) -> Any:
+        if not self._fits(x):
+            return super().forward(x)
+        parts = self._parts()
+        assert parts is not None
+        grid = stage_grids(x.shape[-2:], [conv.stride[0] for conv, _ in parts.stages])[-1]
+        return self._fused(x).transpose(1, 2).unflatten(2, grid)
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            yield parent, name, child
+
+
+def _norm_classes(stages: list[Stage]) -> tuple[type[nn.BatchNorm2d], ...] | str:
+    """Classes besides PyTorch's whose batch norm is PyTorch's, or why there are others.
+
+    timm's has the ReLU inside, which :func:`stem_parts` has found there.
+    """
+    found = []
+    for _, norm in stages:
+        kind = type(norm)
+        if kind is nn.BatchNorm2d:
+            continue
+        if f"{kind.__module__}.{kind.__qualname__}" != _NORM_ACT:
+            return f"a {kind.__qualname__} of {kind.__module__} in the place of a BatchNorm2d"
+        found.append(kind)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of a model that adapters serve or could serve, and those that only look like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from fastvit.integrations.adapter import Accelerated
+from fastvit.integrations.embedding import AcceleratedConv2d, AcceleratedModel
+from fastvit.integrations.recognition import (
+    adapter_of,
+    likeness_of,
+    patch_convolution_of,
+)
+
+
+class Candidate(NamedTuple):
+    """A layer in question.
+
+    Attributes:
+        name: dotted, within the model.
+        module: the layer.
+        layer: its kind.
+        adapter: that serves it or could; None if there is a reason why not.
+        reason: in words, or empty.
+    """
+
+    name: str
+    module: nn.Module
+    layer: str
+    adapter: type[Accelerated] | None
+    reason: str
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Every layer in question, in the order of ``named_modules()``."""
+    convolutions: set[str] = set()
+    compiled: list[str] = []
+    stems: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in stems):
+            continue
+        if is_compiled(module):
+            compiled.append(f"{name}.")
+        place = patch_convolution_of(module)
+        if place is not None:
+            convolutions.add(f"{name}.{place}" if name else place)
+        found = _candidate(name, module, name in convolutions)
+        if found is None:
+            continue
+        if found.layer == "conv_stem":
+            # What is inside a stem is part of it.
+            stems.append(f"{name}." if name else "")
+        if any(f"{name}.".startswith(prefix) for prefix in compiled):
+            reason = "it is compiled; accelerate the model before torch.compile"
+            found = found._replace(adapter=None, reason=reason)
+        yield found
+
+
+def _candidate(name: str, module: nn.Module, makes_patches: bool) -> Candidate | None:
+    if isinstance(module, Accelerated):
+        if isinstance(module, AcceleratedModel):
+            return None
+        return Candidate(name, module, module._layer, module._mixin, "")
+    adapter = AcceleratedConv2d if makes_patches else adapter_of(module)
+    if adapter is None:
+        found = likeness_of(module)
+        return None if found is None else Candidate(name, module, found.layer, None, found.reason)
+    reason = refusal_of(module, adapter)
+    return Candidate(name, module, adapter._layer, None if reason else adapter, reason or "")
+
+
+def refusal_of(module: nn.Module, adapter: type[Accelerated]) -> str | None:
+    """Why an adapter cannot serve a module of the right class, or None."""
+    if "forward" in module.__dict__:
+        return "it was given a forward of its own"
+    if not any(p.is_floating_point() for p in module.parameters()):
+        return "it has no floating parameters: is it quantised?"
+    try:
+        return adapter._refusal(module)
+    except AttributeError as error:
+        # A copy of the authors' file that somebody edited.
+        return f"it is not what its name says: {error}"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is ``torch.compile``'s, or was compiled in place."""
+    return (
+        type(module).__qualname__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )
