@@ -12,6 +12,7 @@ from fastvit.functional import conv_stem
 from fastvit.layers.children import is_plain
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
+from fastvit.ops.library import plain_ops_wanted
 from fastvit.reference import ConvStage
 
 
@@ -107,7 +108,7 @@ class ConvStem(reference.ConvStem):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if requested(self.backend) == "reference" or not self._fusible():
+        if requested(self.backend) == "reference" or not self._fusible() or plain_ops_wanted():
             return super().forward(x)
         stages, conv = self.stages, self.projection.conv
         norm = stages[0].bn

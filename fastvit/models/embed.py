@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.layers import ConvStem
-from fastvit.reference.arguments import pair
+from fastvit.reference.arguments import pair, untraced
 
 
 class Geometry(NamedTuple):
@@ -91,9 +91,13 @@ class ConvStemEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, in_chans, H, W) as tokens (B, N, embed_dim)."""
+        self._check_size(x)
+        return self.backbone(x)
+
+    @untraced
+    def _check_size(self, x: Tensor) -> None:
         if x.ndim != 4 or tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"images: expected (B, C, {self.img_size[0]}, {self.img_size[1]}), the size that "
                 f"the model was built for, got shape {tuple(x.shape)}"
             )
-        return self.backbone(x)

@@ -30,6 +30,7 @@ from fastvit.ops.library import (
     register_gradient,
 )
 from fastvit.ops.tokens import wide
+from fastvit.reference.arguments import untraced
 
 _STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
 _STAGES = (
@@ -39,6 +40,7 @@ _STAGES = (
 _OPTIONS = "bool training, float eps, float[]? mean, float[]? std"
 
 
+@untraced
 def call(x: Tensor, weights: Tensors, proj_weight: Tensor) -> Call:
     """What the choice of an implementation depends on."""
     widths = (x.shape[1], *(w.shape[0] for w in weights), proj_weight.shape[0])

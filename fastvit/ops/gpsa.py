@@ -22,8 +22,10 @@ from fastvit.ops.backend import Call, choose
 from fastvit.ops.library import SingleBackward, differentiable, register, register_gradient
 from fastvit.ops.tokens import gradients_like, like_heads, unpack_heads
 from fastvit.ops.vmap import over_more_heads
+from fastvit.reference.arguments import untraced
 
 
+@untraced
 def call(q: Tensor, grid_size: tuple[int, int], dropout_p: float = 0.0) -> Call:
     """What the choice of a backend depends on."""
     return Call("gpsa", q.device, q.dtype, dropout_p, q.shape[-1], grid_size)

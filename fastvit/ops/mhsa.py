@@ -24,12 +24,14 @@ from fastvit.ops.library import (
 )
 from fastvit.ops.tokens import like_heads, like_packed, unpack_heads, wide
 from fastvit.ops.vmap import over_more_heads
+from fastvit.reference.arguments import untraced
 
 #: With fewer tokens PyTorch's CPU kernel takes a NaN in the scores for a masked row and gives
 #: zeros (torch 2.11 and 2.15: its vectors are 16 wide).
 _FEWEST_TOKENS = 16
 
 
+@untraced
 def call(x: Tensor, dropout_p: float = 0.0) -> Call:
     """What the choice of a backend depends on, for q or a packed projection."""
     return Call("mhsa", x.device, x.dtype, dropout_p, x.shape[-1])
@@ -139,7 +141,7 @@ def mhsa(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, backen
     """(B, H, N, d) three times to (B, H, N, d)."""
     if _is_op(q, dropout_p, backend):
         return _separate(q, k, v, scale, backend)
-    if q.shape[2] < _FEWEST_TOKENS:
+    if _has_few_tokens(q):
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
 
@@ -150,6 +152,11 @@ def mhsa_qkvpacked(qkv: Tensor, scale: float, dropout_p: float, backend: str) ->
         return _packed(qkv, scale, backend)
     q, k, v = unpack_heads(qkv)
     return mhsa(q, k, v, scale, dropout_p, backend)
+
+
+@untraced
+def _has_few_tokens(q: Tensor) -> bool:
+    return q.shape[2] < _FEWEST_TOKENS
 
 
 def _is_op(x: Tensor, dropout_p: float, backend: str) -> bool:

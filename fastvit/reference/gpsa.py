@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.reference.arguments import check_grid, check_heads, check_probability, check_tokens
+from fastvit.reference.arguments import (
+    check_grid,
+    check_heads,
+    check_probability,
+    check_tokens,
+    default_scale,
+    untraced,
+)
 
 
 def relative_positions(
@@ -78,7 +85,7 @@ def gpsa_attention(
     Takes what :func:`fastvit.functional.gpsa_attention` takes, and with dropout the weights that
     are ``kept``, (B, H, N, N) of bool, instead of drawing them. Returns (B, H, N, d).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     positions = relative_positions(grid_size, q.device, pos_weight.dtype)
     # The projection is evaluated for every image of the batch, as the authors and timm do.
     position = F.linear(positions.expand(q.shape[0], -1, -1, -1), pos_weight)
@@ -172,6 +179,7 @@ class GPSA(nn.Module):
                 self.pos_proj.weight[row + kernel_size * column] = torch.tensor(offset)
         self.pos_proj.weight.mul_(self.locality_strength)
 
+    @untraced
     def resolve_grid_size(
         self, num_patches: int, grid_size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
@@ -207,11 +215,15 @@ class GPSA(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, n * dim) to (n, B, H, N, d), or to (B, H, N, d) for n = 1, without a copy."""
-        B, N, width = x.shape
-        heads = (self.num_heads, self.dim // self.num_heads)
-        if width == self.dim:
+        B, N, _ = x.shape
+        heads, count = (self.num_heads, self.dim // self.num_heads), self._count(x)
+        if count == 1:
             return x.reshape(B, N, *heads).transpose(1, 2)
-        return x.reshape(B, N, width // self.dim, *heads).permute(2, 0, 3, 1, 4)
+        return x.reshape(B, N, count, *heads).permute(2, 0, 3, 1, 4)
+
+    @untraced
+    def _count(self, x: Tensor) -> int:
+        return x.shape[-1] // self.dim
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The exact mixed attention map (B, H, N, N) of ``x`` (B, N, dim)."""
