@@ -11,12 +11,13 @@ from fastvit import reference
 from fastvit.functional import conv_stem
 from fastvit.layers.children import is_plain
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
 from fastvit.ops.library import plain_ops_wanted
 from fastvit.reference import ConvStage
 
 
-class ConvStem(reference.ConvStem):
+class ConvStem(Leaf, reference.ConvStem):
     __doc__ = with_backend(reference.ConvStem)
 
     def __init__(
@@ -108,6 +109,8 @@ class ConvStem(reference.ConvStem):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := fx_node(self, x)) is not None:
+            return node
         if requested(self.backend) == "reference" or not self._fusible() or plain_ops_wanted():
             return super().forward(x)
         stages, conv = self.stages, self.projection.conv

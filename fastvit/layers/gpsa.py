@@ -10,12 +10,13 @@ from fastvit import reference
 from fastvit.functional import gpsa_attention_qkpacked, gpsa_attention_qkvpacked
 from fastvit.layers.children import dropout_rate, is_plain, project, stacked_projection
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
 from fastvit.ops.library import plain_ops_wanted
 from fastvit.reference.arguments import check_tokens
 
 
-class GPSA(reference.GPSA):
+class GPSA(Leaf, reference.GPSA):
     __doc__ = with_backend(reference.GPSA)
 
     def __init__(
@@ -94,6 +95,8 @@ class GPSA(reference.GPSA):
         return weight + 0.0 * bias[:, None]
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        if (node := fx_node(self, x, grid_size)) is not None:
+            return node
         check_tokens(x, self.dim)
         fused = is_plain(self.attn_drop, nn.Dropout, nn.Identity)
         fused = fused and is_plain(self.pos_proj, nn.Linear)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.layers import ConvStem
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.reference.arguments import pair, untraced
 
 
@@ -40,7 +41,7 @@ def divide_image(img_size: int | Sequence[int], patch_size: int | Sequence[int])
     return Geometry(image, patch, (image[0] // patch[0], image[1] // patch[1]))
 
 
-class ConvStemEmbed(nn.Module):
+class ConvStemEmbed(Leaf, nn.Module):
     """ViT_C's convolutional stem in the place of a patch embedding (arXiv 2106.14881 §3).
 
     The stem is the child ``backbone``, so that the keys equal those of timm's ``HybridEmbed``
@@ -91,6 +92,8 @@ class ConvStemEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, in_chans, H, W) as tokens (B, N, embed_dim)."""
+        if (node := fx_node(self, x)) is not None:
+            return node
         self._check_size(x)
         return self.backbone(x)
 

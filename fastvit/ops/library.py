@@ -192,12 +192,25 @@ def differentiable(
                 exporting = torch.compiler.is_exporting()
                 return function.forward(*args) if exporting else function.apply(*args)
             if in_transform():
-                return function.apply(*args)
+                return _apply(function, *args)
             return EagerTwin.apply(*args) if _needs_grad(args) else op(*args)
 
         return call
 
     return decorate
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Under a transform. A jvp of our own to say this in would keep Dynamo from the Function."""
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        raise RuntimeError(
+            "fastvit: forward-mode differentiation (torch.func.jvp, jacfwd and hessian) is only "
+            "supported by backend='reference'; got a fused op"
+        ) from error
 
 
 class SingleBackward(torch.autograd.Function):

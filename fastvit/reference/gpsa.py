@@ -159,6 +159,10 @@ class GPSA(nn.Module):
         if use_local_init:
             self.local_init()
 
+    def reset_parameters(self) -> None:
+        """Initialise the one parameter that is no child's, as PyTorch's own layers do."""
+        nn.init.ones_(self.gating_param)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}"
 
