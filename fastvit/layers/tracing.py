@@ -23,8 +23,8 @@ class Leaf:
 
 
 def fx_node(module: nn.Module, x: Any, *args: Any) -> Any:
-    """The call of ``module`` as a node of the graph of the ``torch.fx`` tracer that made ``x``; None
-    where ``x`` is a tensor.
+    """The call of ``module`` as a node in the graph of the ``torch.fx`` tracer that made ``x``;
+    None where ``x`` is a tensor.
 
     timm marks its GPSA as such a leaf in its own tracer, which a tracer of torch's does not know.
 
@@ -33,8 +33,9 @@ def fx_node(module: nn.Module, x: Any, *args: Any) -> Any:
     """
     if not isinstance(x, torch.fx.Proxy):
         return None
+    tracer: Any = x.tracer
     try:
-        name = x.tracer.path_of_module(module)
+        name = tracer.path_of_module(module)
     except NameError:
         name = ""
     if not name:
@@ -42,4 +43,4 @@ def fx_node(module: nn.Module, x: Any, *args: Any) -> Any:
             f"fastvit: torch.fx does not trace the inside of {type(module).__qualname__}; in a "
             "module that holds it, it is one node"
         )
-    return x.tracer.create_proxy("call_module", name, (x, *args), {})
+    return tracer.create_proxy("call_module", name, (x, *args), {})

@@ -73,16 +73,16 @@ class TokenClassifier(nn.Module):
         raise NotImplementedError
 
     def init_weights(self) -> None:
-        """Initialise every parameter and statistic anew, as the constructor does: after
-        ``to_empty`` of a model that was built on the meta device.
+        """Initialise every parameter and statistic anew, with the bits of the constructor for the
+        same seed: after ``to_empty`` of a model that was built on the meta device.
         """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
-        self._init_weights()
         if isinstance(self.head, nn.Linear):
             self._init_head(self.head)
+        self._init_weights()
 
     def _init_head(self, head: nn.Linear) -> None:
         """Initialise a new classifier as the model's scheme says."""

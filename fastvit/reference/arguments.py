@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+# Its type information knows half of what is used here.
+_C: Any = torch._C
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,14 +29,14 @@ def untraced(function: F) -> F:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        state = torch._C._get_tracing_state()
+        state = _C._get_tracing_state()
         if state is None:
             return function(*args, **kwargs)
-        torch._C._set_tracing_state(None)
+        _C._set_tracing_state(None)
         try:
             return function(*args, **kwargs)
         finally:
-            torch._C._set_tracing_state(state)
+            _C._set_tracing_state(state)
 
     return wrapper  # type: ignore[return-value]
 
