@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain attention as an op: in half precision on processors, where PyTorch's own takes twice as
-long in the backward, and by the Triton kernels where they are asked for. Elsewhere PyTorch's, which
-keeps its statistics and need not compute them again.
+long in the backward, there under ``torch.func``, and by the Triton kernels where they are asked
+for. Elsewhere PyTorch's, which keeps its statistics and need not compute them again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastvit.ops.flops import Shape, product
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
+    in_transform,
     plain_ops_wanted,
     register,
     register_gradient,
@@ -183,4 +184,8 @@ def _is_op(x: Tensor, dropout_p: float, backend: str) -> bool:
     # Until kernels have been measured against PyTorch's on a GPU, they run if asked for.
     if backend == "triton":
         return True
-    return x.device.type == "cpu" and x.dtype != wide(x.dtype)
+    if x.device.type != "cpu":
+        return False
+    # PyTorch's own has neither a batching rule there nor words of ours on forward mode.
+    transformed = not torch.compiler.is_compiling() and in_transform()
+    return transformed or x.dtype != wide(x.dtype)
