@@ -99,6 +99,22 @@ def gpsa_attention(
     return attn.to(v.dtype) @ v
 
 
+def _whole(parameter: Any) -> Tensor:
+    """A copy of a parameter, which FSDP may have sharded."""
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.clone()
+
+
+def _assign(parameter: Any, value: Tensor) -> None:
+    """Give a parameter, which FSDP may have sharded, a value that is the same on every rank."""
+    if hasattr(parameter, "full_tensor"):
+        # Only here, since importing it takes time.
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
 class GPSA(nn.Module):
     """Gated positional self-attention, with timm's arguments, parameters and keys.
 
@@ -174,14 +190,15 @@ class GPSA(nn.Module):
         ``(h2 - c, h1 - c)`` with k = int(sqrt(H)); heads beyond k * k keep their weights, scaled
         by ``locality_strength`` as all are.
         """
-        self.v.weight.copy_(torch.eye(self.dim))
+        v, weight = self.v.weight, _whole(self.pos_proj.weight)
+        _assign(v, torch.eye(self.dim, device=v.device, dtype=v.dtype))
         kernel_size = math.isqrt(self.num_heads)
         center = (kernel_size - 1) / 2 if kernel_size % 2 == 0 else kernel_size // 2
         for row in range(kernel_size):
             for column in range(kernel_size):
                 offset = (2 * (column - center), 2 * (row - center), -1.0)
-                self.pos_proj.weight[row + kernel_size * column] = torch.tensor(offset)
-        self.pos_proj.weight.mul_(self.locality_strength)
+                weight[row + kernel_size * column] = weight.new_tensor(offset)
+        _assign(self.pos_proj.weight, weight.mul_(self.locality_strength))
 
     @untraced
     def resolve_grid_size(
