@@ -18,6 +18,7 @@ from fastvit.reference.arguments import (
     check_images,
     check_normalization,
     check_probability,
+    untraced,
 )
 
 
@@ -66,6 +67,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
 
 
+@untraced
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "(B, H, N, d)", 4)
@@ -77,6 +79,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
         _check_device(name, x, q.device)
 
 
+@untraced
 def check_packed(name: str, x: Tensor, count: int) -> None:
     """One projection's output (B, N, count, H, d)."""
     shape = f"(B, N, {count}, H, d)"
@@ -86,6 +89,7 @@ def check_packed(name: str, x: Tensor, count: int) -> None:
         raise ValueError(f"{name}: expected {shape}, got shape {_shape(x)}")
 
 
+@untraced
 def check_gpsa(
     q: Tensor,
     k: Tensor,
@@ -167,6 +171,7 @@ def _check_projection(weight: Tensor, bias: Tensor | None, names: tuple[str, str
         _check_parameter(names[1], bias, (weight.shape[0],), "(D,)", weight.device)
 
 
+@untraced
 def check_patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -209,6 +214,7 @@ def _check_stage(i: int, stage: ConvStage, channels: int, device: torch.device) 
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
 
 
+@untraced
 def check_conv_stem(
     x: Tensor,
     stages: Sequence[ConvStage],

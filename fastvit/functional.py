@@ -36,7 +36,7 @@ from fastvit.ops.conv_stem_torch import stage_shapes
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.ops.tokens import unpack_heads
 from fastvit.reference import ConvStage
-from fastvit.reference.arguments import check_probability
+from fastvit.reference.arguments import check_probability, default_scale
 
 __all__ = [
     "ConvStage",
@@ -112,7 +112,7 @@ def gpsa_attention(
     check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
     q, k, v = _cast(cast, q, k, v)
     asked = requested(backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
     if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
         return _plain(
             reference.gpsa_attention, q, k, v, pos_weight, gating_param, grid_size,
@@ -168,7 +168,7 @@ def gpsa_attention_qkpacked(
             scale=scale, dropout_p=dropout_p, backend=backend,
         )  # fmt: skip
     qk, v = _cast(cast, qk, v)
-    scale = qk.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(qk) if scale is None else float(scale)
     rows, columns = grid_size
     return _gpsa.gpsa_qkpacked(qk, v, pos_weight, gating_param, rows, columns, scale, asked)
 
@@ -211,7 +211,7 @@ def gpsa_attention_qkvpacked(
             scale=scale, dropout_p=dropout_p, backend=backend,
         )  # fmt: skip
     (qkv,) = _cast(cast, qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(qkv) if scale is None else float(scale)
     rows, columns = grid_size
     return _gpsa.gpsa_qkvpacked(qkv, pos_weight, gating_param, rows, columns, scale, asked)
 
@@ -247,7 +247,7 @@ def attention(
     check_qkv(q, k, v, cast is not None)
     check_probability("dropout_p", dropout_p)
     q, k, v = _cast(cast, q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
     asked = requested(backend)
     if choose(_mhsa.call(q, dropout_p), asked) == "reference":
         return _plain(reference.attention, q, k, v, scale=scale, dropout_p=dropout_p)
@@ -280,7 +280,7 @@ def attention_qkvpacked(
         return attention(q, k, v, scale=scale, dropout_p=dropout_p, backend=backend)
     check_probability("dropout_p", dropout_p)
     (qkv,) = _cast(autocast_dtype(qkv), qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(qkv) if scale is None else float(scale)
     return _mhsa.mhsa_qkvpacked(qkv, scale, dropout_p, asked)
 
 

@@ -11,11 +11,13 @@ from fastvit import reference
 from fastvit.functional import conv_stem
 from fastvit.layers.children import is_plain
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
+from fastvit.ops.library import plain_ops_wanted
 from fastvit.reference import ConvStage
 
 
-class ConvStem(reference.ConvStem):
+class ConvStem(Leaf, reference.ConvStem):
     __doc__ = with_backend(reference.ConvStem)
 
     def __init__(
@@ -84,13 +86,16 @@ class ConvStem(reference.ConvStem):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := fx_node(self, x)) is not None:
+            return node
         stages = [(stage.conv, stage.bn) for stage in self.stages]
         conv = self.projection.conv
-        if requested(self.backend) == "reference" or not (
+        fused = (
             all(is_plain(stage, reference.ConvBNReLU) for stage in self.stages)
             and is_plain(self.projection, reference.Projection)
             and is_fusible(stages, conv)
-        ):
+        )
+        if requested(self.backend) == "reference" or not fused or plain_ops_wanted():
             return super().forward(x)
         raw = x.dtype == torch.uint8
         tokens = fused_conv_stem(

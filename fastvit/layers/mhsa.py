@@ -10,11 +10,12 @@ from fastvit import reference
 from fastvit.functional import attention_qkvpacked
 from fastvit.layers.children import dropout_rate, is_plain, project
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
 from fastvit.reference.arguments import check_tokens
 
 
-class MHSA(reference.MHSA):
+class MHSA(Leaf, reference.MHSA):
     __doc__ = with_backend(reference.MHSA)
 
     def __init__(
@@ -36,6 +37,8 @@ class MHSA(reference.MHSA):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := fx_node(self, x)) is not None:
+            return node
         if requested(self.backend) == "reference" or not is_fusible(self):
             return super().forward(x)
         check_tokens(x, self.dim)

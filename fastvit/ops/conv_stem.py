@@ -21,6 +21,7 @@ from fastvit.ops.conv_stem_torch import (
     channels_last,
     stage_shapes,
 )
+from fastvit.ops.flops import Shape, convolution
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
@@ -30,6 +31,8 @@ from fastvit.ops.library import (
     register_gradient,
 )
 from fastvit.ops.tokens import wide
+from fastvit.reference import stage_grids
+from fastvit.reference.arguments import untraced
 
 _STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
 _STAGES = (
@@ -39,6 +42,7 @@ _STAGES = (
 _OPTIONS = "bool training, float eps, float[]? mean, float[]? std"
 
 
+@untraced
 def call(x: Tensor, weights: Tensors, proj_weight: Tensor) -> Call:
     """What the choice of an implementation depends on."""
     widths = (x.shape[1], *(w.shape[0] for w in weights), proj_weight.shape[0])
@@ -58,10 +62,33 @@ def _fake_forward(
     return tokens, raw, means, [torch.empty_like(mean) for mean in means]
 
 
+def _flops(x: Shape, proj_weight: Shape, stages: Any) -> list[int]:
+    """Of the convolutions, the last 1x1 at the end. The stages hold shapes."""
+    positions = [height * width for height, width in stage_grids(x[2:], stages.strides)]
+    layers = zip((*stages.weights, proj_weight), (*positions, positions[-1]), strict=True)
+    return [convolution(weight, x[0], count) for weight, count in layers]
+
+
+def _forward_flops(x: Shape, proj_weight: Shape, *args: Any, **_: Any) -> int:
+    return sum(_flops(x, proj_weight, Stages(*args[3:9])))
+
+
+def _backward_flops(_grad: Shape, x: Shape, proj_weight: Shape, *args: Any, **_: Any) -> int:
+    stages, wanted = Stages(*args[4:10]), args[-2]
+    flops = _flops(x, proj_weight, stages)
+    depth = len(stages.strides)
+    learned = [any(wanted[5 + i :: depth]) for i in range(depth)]
+    # A convolution gives a gradient to its input where something that learns is below.
+    below = [wanted[0] or any(learned[:i]) for i in range(depth + 1)]
+    weights = [*wanted[5 : 5 + depth], wanted[1]]
+    return sum(n * (a + b) for n, a, b in zip(flops, below, weights, strict=True))
+
+
 @register(
     f"_conv_stem_forward({_STEM}, {_STAGES}, {_OPTIONS}, bool save, str backend) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])",
     _fake_forward,
+    flops=_forward_flops,
 )
 def _conv_stem_forward(x: Tensor, proj_weight: Tensor, *args: Any) -> Forward:
     *arguments, backend = args
@@ -90,6 +117,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
     f"_conv_stem_backward(Tensor grad, {_STEM}, Tensor[] raw, {_STAGES}, {_OPTIONS}, "
     "bool[] wanted, str backend) -> Tensor[]",
     _fake_backward,
+    flops=_backward_flops,
 )
 def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any) -> Any:
     *arguments, backend = args
