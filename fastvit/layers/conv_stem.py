@@ -12,6 +12,7 @@ from fastvit.functional import conv_stem
 from fastvit.layers.children import is_plain
 from fastvit.layers.documentation import with_backend
 from fastvit.ops.backend import checked, requested
+from fastvit.ops.tokens import wide
 from fastvit.reference import ConvStage
 
 
@@ -55,8 +56,8 @@ class ConvStem(reference.ConvStem):
 
         Args:
             module: a ``ConvStem`` of ours or timm's, torchvision's ``conv_proj`` or any
-                Sequential of 3x3 Conv2d (padding 1, no bias), BatchNorm2d, ReLU, repeated, and a
-                1x1 Conv2d with bias. It keeps working.
+                Sequential of 3x3 Conv2d (padding 1, no bias), BatchNorm2d (or SyncBatchNorm),
+                ReLU, repeated, and a 1x1 Conv2d with bias. It keeps working.
             kwargs: ``flatten``, ``mean``, ``std`` and ``backend``.
 
         Raises:
@@ -76,6 +77,10 @@ class ConvStem(reference.ConvStem):
         )
         for stage, conv, norm in zip(layer.stages, convolutions, norms, strict=True):
             stage.conv = conv
+            if isinstance(norm, nn.SyncBatchNorm):
+                stage.bn = nn.SyncBatchNorm(  # type: ignore[assignment]
+                    norm.num_features, process_group=norm.process_group, device="meta"
+                )
             _share_norm(stage.bn, norm)
         layer.projection.conv = projection
         # Not by train(), which would wake frozen batch norms.
@@ -94,16 +99,21 @@ class ConvStem(reference.ConvStem):
         convolutions = [*(stage.conv for stage in self.stages), self.projection.conv]
         if not all(is_plain(conv, nn.Conv2d) for conv in convolutions):
             return False
-        if not all(is_plain(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
+        if not all(is_plain(norm, *_NORMS) for norm in norms):
+            return False
+        if any(norm.weight is None or norm.bias is None for norm in norms):
             return False
         first, *others = (
             (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for norm in norms
         )
-        # momentum=None takes a cumulative average. Buffers that are not tracked are left alone.
+        group, *groups = (_process_group(norm) for norm in norms)
+        tracked = [norm for norm in norms if norm.running_mean is not None]
+        # Buffers that are not tracked are left alone, and so is a cumulative average uncounted.
         return (
-            first[2] is not None
-            and all(options == first for options in others)
-            and all(norm.track_running_stats or norm.running_mean is None for norm in norms)
+            all(options == first for options in others)
+            and all(other is group for other in groups)
+            and all(norm.track_running_stats for norm in tracked)
+            and (first[2] is not None or all(n.num_batches_tracked is not None for n in tracked))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,8 +121,6 @@ class ConvStem(reference.ConvStem):
             return super().forward(x)
         stages, conv = self.stages, self.projection.conv
         norm = stages[0].bn
-        # _fusible has ruled out the None of a cumulative average.
-        momentum = cast(float, norm.momentum)
         raw = x.dtype == torch.uint8
         tokens = conv_stem(
             x,
@@ -120,11 +128,12 @@ class ConvStem(reference.ConvStem):
             conv.weight,
             conv.bias,
             training=norm.training,
-            momentum=momentum,
+            momentum=_momentum([stage.bn for stage in stages]),
             eps=norm.eps,
             mean=self.mean if raw else None,
             std=self.std if raw else None,
             backend=self.backend,
+            process_group=_process_group(norm),
         )
         if norm.training:
             for stage in stages:
@@ -141,6 +150,31 @@ def _stage(layer: reference.ConvBNReLU) -> ConvStage:
     return ConvStage(
         conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.stride[0]
     )
+
+
+def _process_group(norm: nn.Module) -> torch.distributed.ProcessGroup | None:
+    """The processes over which a batch norm takes its statistics now; None if it is this one."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    group = norm.process_group
+    if group is None:
+        group = torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _momentum(norms: Sequence[nn.BatchNorm2d]) -> float | Tensor:
+    """The share of the next batch in running statistics; of a cumulative average (stages,), and
+    known to the device only.
+    """
+    momentum, mean = norms[0].momentum, norms[0].running_mean
+    if momentum is not None:
+        return momentum
+    if mean is None or not norms[0].training:
+        return 0.0
+    counts = torch.stack([cast(Tensor, norm.num_batches_tracked) for norm in norms]) + 1
+    return counts.to(wide(mean.dtype)).reciprocal()
 
 
 def _share_norm(target: nn.BatchNorm2d, source: nn.BatchNorm2d) -> None:
@@ -173,9 +207,9 @@ def _stem_parts(
     stages: list[Any] = list(zip(*[iter(body)] * 3, strict=True))
     for i, (conv, norm, activation) in enumerate(stages):
         misfit = _misfit(conv, kernel_size=3, strides=(1, 2), bias=False)
-        for layer, kind in ((norm, nn.BatchNorm2d), (activation, nn.ReLU)):
-            if not isinstance(layer, kind):
-                misfit = misfit or f"a {type(layer).__name__} in the place of a {kind.__name__}"
+        for layer, kinds in ((norm, _NORMS), (activation, (nn.ReLU,))):
+            if not isinstance(layer, kinds):
+                misfit = misfit or f"a {type(layer).__name__} in the place of a {kinds[0].__name__}"
         if not getattr(norm, "affine", True):
             misfit = misfit or "a batch norm with affine=False"
         if misfit:
@@ -186,7 +220,8 @@ def _stem_parts(
     return [(conv, norm) for conv, norm, _ in stages], cast(nn.Conv2d, projection)
 
 
-_STEM_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_STEM_LAYERS = (nn.Conv2d, *_NORMS, nn.ReLU)
 
 
 def _is_foreign(module: nn.Module) -> bool:
