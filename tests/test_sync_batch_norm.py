@@ -104,26 +104,38 @@ def checkpointed(rank: int) -> list[Tensors]:
     return [{n: x for n, x in results.items() if "num_batches" not in n}]
 
 
-def by_function(rank: int) -> list[Tensors]:
-    """The function itself, by each backend that differentiates; the reference among them."""
+def by_function(module: fastvit.ConvStem, backend: str) -> Callable[[Tensor], Tensor]:
+    conv = module.projection.conv
+
+    def call(x: Tensor) -> Tensor:
+        stages = [
+            ConvStage(s.conv.weight, s.bn.weight, s.bn.bias, s.bn.running_mean, s.bn.running_var,
+                      s.conv.stride[0])
+            for s in module.stages
+        ]  # fmt: skip
+        return conv_stem(
+            x, stages, conv.weight, conv.bias, training=True, backend=backend,
+            process_group=dist.group.WORLD,
+        )  # fmt: skip
+
+    return call
+
+
+def functions(rank: int) -> list[Tensors]:
+    """Without layers, on the reference backend too, which synchronises in its own way."""
     results = []
     for backend in ("reference", "torch"):
         module = stem(torch.float64)
-        conv = module.projection.conv
-
-        def call(x: Tensor, module: Any = module, conv: Any = conv, name: str = backend) -> Tensor:
-            stages = [
-                ConvStage(s.conv.weight, s.bn.weight, s.bn.bias, s.bn.running_mean,
-                          s.bn.running_var, s.conv.stride[0])
-                for s in module.stages
-            ]  # fmt: skip
-            return conv_stem(
-                x, stages, conv.weight, conv.bias, training=True, backend=name,
-                process_group=dist.group.WORLD,
-            )  # fmt: skip
-
+        call = by_function(module, backend)
         results.append(step(module, *share(rank, 2, *batch(torch.float64)), call))
-    return results
+    return [{n: x for n, x in r.items() if "num_batches" not in n} for r in results]
+
+
+def func_grad(rank: int) -> list[Tensors]:
+    call = by_function(stem(torch.float64), "torch")
+    images, cotangent = share(rank, 2, *batch(torch.float64))
+    grad = torch.func.grad(lambda x: (call(x) * cotangent).sum())(images)
+    return [{"grad of input": grad}]
 
 
 def averaged(rank: int) -> list[Tensors]:
@@ -156,17 +168,6 @@ def distributed_data_parallel(rank: int) -> list[Tensors]:
     (parallel(images) * cotangent).sum().backward()
     optimizer.step()
     return [module.state_dict()]
-
-
-def func_grad(rank: int) -> list[Tensors]:
-    module = synced(stem(torch.float64))
-    images, cotangent = share(rank, 2, *batch(torch.float64))
-
-    def loss(parameters: Tensors) -> Tensor:
-        return (torch.func.functional_call(module, parameters, (images,)) * cotangent).sum()
-
-    grads = torch.func.grad(loss)(dict(module.named_parameters()))
-    return [{f"grad of {n}": g for n, g in grads.items()}]
 
 
 def local(rank: int) -> list[Tensors]:
@@ -230,21 +231,23 @@ def opchecks(rank: int) -> list[Tensors]:
     return []
 
 
+#: Backends of the two processes, dtype, how many of the images are the first process's, and draws:
+#: half precision needs some, and the interpreter takes seconds for each.
+ROWS = [
+    ("torch", "torch", torch.float64, (2, 0), 1),
+    ("torch", "torch", torch.float32, (2, 0), 4),
+    ("torch", "torch", torch.bfloat16, (2, 0), 4),
+    ("triton", "triton", torch.float32, (2, 0), 2),
+    ("triton", "triton", torch.bfloat16, (2,), 4),
+    ("torch", "triton", torch.float32, (2, 0), 2),
+]
 NUMBERS = {
-    f"{first}-{second}-{str(dtype).removeprefix('torch.')}-{cut}": (
-        (first, second), dtype, cut, 1 if dtype == torch.float64 else 4,
-    )
-    for first, second, dtypes in (
-        ("torch", "torch", (torch.float64, torch.float32, torch.bfloat16)),
-        ("triton", "triton", (torch.float32, torch.bfloat16)),
-        ("torch", "triton", (torch.float32,)),
-    )
-    for dtype in dtypes
-    # How many of the images are the first process's.
-    for cut in (2, 0)
-}  # fmt: skip
+    f"{one}-{other}-{str(dtype).removeprefix('torch.')}-{cut}": ((one, other), dtype, cut, draws)
+    for one, other, dtype, cuts, draws in ROWS
+    for cut in cuts
+}
 #: Those in float64 that are compared with an ordinary step.
-ALIKE = [compiled, checkpointed, by_function, some_gradients, func_grad]
+ALIKE = [compiled, checkpointed, functions, some_gradients, func_grad]
 OTHERS = [averaged, distributed_data_parallel, local, refusals, opchecks]
 
 
