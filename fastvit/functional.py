@@ -369,12 +369,11 @@ def conv_stem(
             (stages,) where only the device knows it, as of a cumulative average.
         eps: added to the variances.
         pos_embed, cls_token, mean, std, backend: as in :func:`patch_embed`.
-        process_group: processes whose batches are one in ``training``, on CPUs too. Each must call
-            this with as many stages and channels, and differentiate as often; a batch may have any
-            size, or none. What is summed over the batch to differentiate the statistics is summed
-            over all of them; gradients of parameters are of this process's images, as in
-            ``torch.nn.SyncBatchNorm``. The reference backend takes more messages than the others,
-            which mix.
+        process_group: processes over whose batches, of any sizes and images, ``training`` takes
+            statistics and their part of the gradients, as ``torch.nn.SyncBatchNorm`` does, but on
+            processors too; gradients of parameters stay those of this process. All must make the
+            same calls, and all or none of them on the reference backend, which sends other
+            messages. None, or a group of one: this process alone.
 
     Returns:
         (B, N[+1], D) in the dtype of ``proj_weight`` (under autocast, the autocast dtype), with
@@ -427,7 +426,7 @@ def conv_stem(
         counts = [B * height * width for B, _, height, width in shapes]
         totals = extra[len(extra) - n :] if group else []
         # An empty batch leaves them alone, as PyTorch's batch norm does.
-        if counts[0] > 0 or group:
+        if group or counts[0] > 0:
             batch = extra[: len(extra) - len(totals)][-2 * n :]
             number, shares = momentum, None
             if isinstance(momentum, Tensor):

@@ -103,6 +103,19 @@ def test_checkpoint(stems, reentrant) -> None:
     assert found[0]["0.bn.num_batches_tracked"] == 2
 
 
+def test_a_checkpoint_that_stops_early(stems) -> None:
+    """A recomputation ends when all that was saved is there again. Where the stem is the last thing
+    inside, that is before its statistics would move a second time.
+    """
+    ours, _ = stems
+    twin = copy.deepcopy(ours)
+    x = images(ours).requires_grad_()
+    expected = gradients(twin, x)
+    actual = gradients(ours, x, lambda x: checkpoint(ours, x, use_reentrant=False))
+    assert_close(actual, expected)
+    assert_close(dict(ours.named_buffers()), dict(twin.named_buffers()))
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_modes_take_turns(stems, momentum) -> None:
     """Training, evaluation, training, frozen norms in training, and training again."""

@@ -17,7 +17,11 @@ from fastvit.reference import ConvStage
 
 
 class ConvStem(reference.ConvStem):
-    __doc__ = with_backend(reference.ConvStem)
+    __doc__ = f"""{with_backend(reference.ConvStem)}
+Batch norms that ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` has converted share their
+statistics in training, on processors too (where PyTorch's own module refuses, and
+``DistributedDataParallel`` wants the conversion after the wrapping).
+"""
 
     def __init__(
         self,
