@@ -42,7 +42,7 @@ class MHSA(Leaf, reference.MHSA):
         if requested(self.backend) == "reference" or not is_fusible(self):
             return super().forward(x)
         check_tokens(x, self.dim)
-        return fused_mhsa(self, x, self.backend)
+        return fused_mhsa(self, x, self.scale, self.backend)
 
 
 def is_fusible(layer: Any) -> bool:
@@ -50,13 +50,13 @@ def is_fusible(layer: Any) -> bool:
     return is_plain(layer.attn_drop, nn.Dropout, nn.Identity)
 
 
-def fused_mhsa(layer: Any, x: Tensor, backend: str | None) -> Tensor:
+def fused_mhsa(layer: Any, x: Tensor, scale: float | None, backend: str | None) -> Tensor:
     """The forward of an attention layer, ours or another library's, on ``x`` (B, N, dim)."""
     B, N, _ = x.shape
     qkv = project(layer.qkv, x)
     out = attention_qkvpacked(
         qkv.reshape(B, N, 3, layer.num_heads, qkv.shape[-1] // (3 * layer.num_heads)),
-        scale=layer.scale,
+        scale=scale,
         dropout_p=dropout_rate(layer.attn_drop),
         backend=backend,
     )
