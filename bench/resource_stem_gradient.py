@@ -109,7 +109,7 @@ def _input(arch: str, case: Case) -> Any:
     stride, below, norm, dx = 1, None, None, _images(case)
     if case.strides:
         stride = case.strides[0]
-    if C > 4:
+    if not module("stem_configs").gathers(C):
         below, norm, dx = _map(case, 0), _norm(case, 0), _map(case, 0)
     module("stem_input_gradient").stem_input_gradient(
         _gradient(case), weight, stride, below, norm, 1e-5, dx, not case.training,

@@ -9,12 +9,15 @@ are the output and the input channels. ``groups`` are the programs that share th
 from __future__ import annotations
 
 from .configs import _FROM_SHARED_MEMORY, _MULTIPROCESSORS, Config, _power
+from .stem_configs import aligned
 
 
 def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training: bool) -> Config:
     """From ``out`` channels back to ``channels``."""
     shared = arch in _FROM_SHARED_MEMORY
-    if arithmetic == "half":
+    if arithmetic == "half" and not aligned(out, channels):
+        keys, depth, warps, stages = (32,), 32, 8, 2
+    elif arithmetic == "half":
         # The scale of fixed statistics takes registers, too.
         wide = shared and training and channels > 64
         keys = (64, 32) if wide and channels % 96 == 0 else (64, 64) if wide else (64,)

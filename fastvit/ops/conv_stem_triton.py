@@ -21,7 +21,7 @@ from fastvit.kernels.stem_tokens import stem_tokens
 from fastvit.ops import conv_stem_torch
 from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, channels_last, stage_shapes
 from fastvit.ops.gpsa_triton import architecture, precision
-from fastvit.reference import stage_grids
+from fastvit.reference import normalize_images, stage_grids
 
 
 class Plan(NamedTuple):
@@ -68,7 +68,9 @@ def forward(
             x, proj_weight, proj_bias, pos_embed, cls_token, stages, training, eps, mean, std, save
         )
     *layers, (_, config) = plan.kernels
-    if not within_reach(x, max(config.rows for _, config in layers)):
+    if layers[0][0] == "stem_conv":
+        x = channels_last(normalize_images(x, mean, std, proj_weight.dtype))
+    elif not within_reach(x, max(config.rows for _, config in layers)):
         x = x.contiguous()
     pixels = _pixels(x, mean, std)
     parameters = (proj_bias, pos_embed, cls_token)
@@ -144,14 +146,14 @@ def _keep(
     variances: list[Tensor] = []
     affine: Tensor | None = None
     shapes = stage_shapes(x, stages.weights, stages.strides)
-    for i, (shape, (_, config)) in enumerate(zip(shapes, plan.kernels, strict=False)):
+    for i, (shape, (name, config)) in enumerate(zip(shapes, plan.kernels, strict=False)):
         weight, stride = stages.weights[i], stages.strides[i]
         gamma, beta = stages.bn_weights[i].contiguous(), stages.bn_biases[i].contiguous()
         out, values, partials = _map(weight, shape), shape[0] * shape[2] * shape[3], None
         if training:
             tiles = -(-values // config.rows)
             partials = x.new_empty(2, tiles, shape[1], dtype=torch.float32)
-        if i == 0:
+        if name == "stem_first":
             stem_first(
                 x, weight.contiguous(), None, eps, out, partials, pixels, stride, plan.precision,
                 config,
