@@ -57,8 +57,8 @@ def gathers(images: int) -> bool:
 
 
 def aligned(*channels: int) -> bool:
-    """Whether half-precision channels are read 16 bytes at a time. Others are read one by one, with
-    a mask each, which takes more registers, so they get smaller tiles.
+    """Whether channels are read 16 bytes at a time. Others are read in shorter pieces, down to single
+    ones with a mask each, which takes more registers, so they get smaller tiles.
     """
     return all(count % 8 == 0 for count in channels)
 
@@ -117,7 +117,7 @@ def _product(
 ) -> Config:
     if arithmetic == "ieee":
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(16,), warps=8, stages=2)
-    if arithmetic == "tf32":
+    if arithmetic == "tf32" and aligned(channels, out):
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(32,), stages=3)
     if not aligned(channels, out):
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(32,), warps=8, stages=2)

@@ -27,7 +27,8 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
     elif arithmetic == "tf32":
         keys, depth, warps, stages = (32,), 32, 8, 3
     else:
-        keys, depth, warps, stages = (32,), 16, 8, 2
+        # With single channels in flight for two steps it would spill.
+        keys, depth, warps, stages = (32,), 16, 8, 2 if aligned(out, channels) else 1
     if channels <= 32:
         keys = (_power(channels),)
     blocks = -(-channels // sum(keys))

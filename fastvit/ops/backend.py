@@ -38,8 +38,6 @@ class Call(NamedTuple):
     #: Channels of a head, and the sides of the grid; None in a question about any call.
     channels: int | None = None
     grid_size: tuple[int, int] | None = None
-    #: Channels of the images and of the stem's stages, and D; None in a question about any call.
-    widths: tuple[int, ...] | None = None
 
 
 def nearest(name: str, names: Iterator[str] | tuple[str, ...] | list[str]) -> str:
