@@ -31,12 +31,11 @@ def forward(p: Problem) -> tuple[tuple[str, Config], ...]:
     images, *channels, width = p.widths
     found: list[tuple[str, Config]] = []
     paired = None
-    gathered = gathers(images)
-    if len(channels) > 1 and not p.keeps and gathered:
+    if len(channels) > 1 and not p.keeps:
         paired = pair(p.arch, p.arithmetic, images, *channels[:2])
     if paired is not None:
         found.append(("stem_pair", paired))
-    elif gathered:
+    elif gathers(images):
         found.append(("stem_first", first(p.arch, p.arithmetic, channels[0])))
     else:
         config = conv(p.arch, p.arithmetic, p.positions[0], images, channels[0], activates=False)
@@ -57,7 +56,7 @@ def gathers(images: int) -> bool:
 
 
 def aligned(*channels: int) -> bool:
-    """Whether channels are read 16 bytes at a time. Others are read in shorter pieces, down to single
+    """Whether channels are read 16 bytes at a time. Others come in shorter pieces, down to single
     ones with a mask each, which takes more registers, so they get smaller tiles.
     """
     return all(count % 8 == 0 for count in channels)
@@ -71,7 +70,10 @@ def first(arch: str, arithmetic: str, out: int) -> Config:
 
 def pair(arch: str, arithmetic: str, images: int, channels: int, out: int) -> Config | None:
     """The first two convolutions, to ``channels`` and to ``out``; None to run each by itself."""
-    if arithmetic != "half" or channels > 64 or out > 128 or not aligned(channels, out):
+    if arithmetic != "half" or channels > 64 or out > 128:
+        return None
+    # Both would spill at some widths.
+    if images > 4 or not aligned(channels, out):
         return None
     # Nine taps of four channels are more than a tile of 32.
     wide = images * 9 > 32

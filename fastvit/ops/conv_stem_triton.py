@@ -44,17 +44,21 @@ class Plan(NamedTuple):
 
 def plan(x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool) -> Plan:
     """What runs for images x; ``keeps`` if the raw tensors of all stages are needed."""
-    arithmetic = _arithmetic(proj_weight)
+    posed = problem(x, proj_weight, stages, keeps)
+    kernels = stem_choices.with_cudnn(stem_configs.forward(posed), posed, stages.strides)
+    return Plan(posed.arch, precision(), kernels)
+
+
+def problem(x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool) -> stem_configs.Problem:
+    """What the choice of kernels for images x depends on."""
     grids = stage_grids(x.shape[-2:], stages.strides)
-    problem = stem_configs.Problem(
+    return stem_configs.Problem(
         architecture(x.device),
-        arithmetic,
+        _arithmetic(proj_weight),
         tuple(x.shape[0] * math.prod(grid) for grid in grids),
         _widths(x, proj_weight, stages),
         keeps,
     )
-    kernels = stem_choices.with_cudnn(stem_configs.forward(problem), problem, stages.strides)
-    return Plan(problem.arch, precision(), kernels)
 
 
 def _arithmetic(proj_weight: Tensor) -> str:

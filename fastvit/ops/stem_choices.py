@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ import torch
 
 from fastvit.kernels.configs import Config
 from fastvit.kernels.stem_configs import Problem
+
+#: Of a plan, with their configurations.
+Kernels = tuple[tuple[str, Config], ...]
 
 #: Stands for a kernel in a plan.
 CUDNN = "cudnn"
@@ -85,22 +88,32 @@ def _checked(name: str, *, measured: Any, cudnn: Any, torch: Any) -> Choices:
     return Choices(frozenset(cudnn), frozenset(torch))
 
 
-def with_cudnn(
-    kernels: tuple[tuple[str, Config], ...], problem: Problem, strides: Sequence[int]
-) -> tuple[tuple[str, Config], ...]:
+def with_cudnn(kernels: Kernels, problem: Problem, strides: Sequence[int]) -> Kernels:
     """The kernels of a forward, with cuDNN in the place of those that it beats."""
     faster = choices(problem.arch).cudnn
     if not faster or not _cudnn_may(problem.arithmetic):
         return kernels
+    places = exchangeable(kernels, problem, strides)
+    return exchanged(kernels, [place for place, key in places.items() if key in faster])
+
+
+def exchangeable(kernels: Kernels, problem: Problem, strides: Sequence[int]) -> dict[int, str]:
+    """Places of what cuDNN could do, with their keys: the convolutions after the first kernel."""
     mode = "train" if problem.keeps else "infer"
-    found, level = list(kernels), 1 if kernels[0][0] == "stem_pair" else 0
-    for n in range(1, len(kernels) - 1):
-        i = level + n
+    level = 1 if kernels[0][0] == "stem_pair" else 0
+    found = {}
+    for place in range(1, len(kernels) - 1):
+        i = level + place
         channels = problem.widths[i : i + 2]
-        key = layer_key(problem.arithmetic, mode, *channels, strides[i], problem.positions[i])
-        if key in faster:
-            found[n] = CUDNN, Config()
-    return tuple(found)
+        found[place] = layer_key(
+            problem.arithmetic, mode, *channels, strides[i], problem.positions[i]
+        )
+    return found
+
+
+def exchanged(kernels: Kernels, places: Collection[int]) -> Kernels:
+    """With cuDNN at these places."""
+    return tuple((CUDNN, Config()) if i in places else k for i, k in enumerate(kernels))
 
 
 def _cudnn_may(arithmetic: str) -> bool:
