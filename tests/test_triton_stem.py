@@ -186,10 +186,12 @@ def expected_launches(
     n = len(channels)
     # The nine taps of more image channels do not fit.
     first = int(images <= 7)
+    narrow = n > 1 and channels[0] <= 64 and channels[1] <= 128
+    pair = narrow and images <= 4 and all(c % 8 == 0 for c in channels[:2])
     if mode != "eval":
         norms = "stem_statistics" if mode == "train" else "stem_affine"
         counts = {"stem_first": first, "stem_conv": n - first, norms: n, "stem_tokens": 1}
-    elif images <= 4 and all(c % 8 == 0 for c in channels[:2]) and dtype != torch.float32 and n > 1 and channels[0] <= 64 and channels[1] <= 128:
+    elif pair and dtype != torch.float32:
         counts = {"stem_pair": 1, "stem_conv": n - 2, "stem_tokens": 1}
     else:
         counts = {"stem_first": first, "stem_conv": n - first, "stem_tokens": 1}
