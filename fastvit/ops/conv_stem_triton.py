@@ -174,7 +174,9 @@ def _infer(x: Tensor, stages: Stages, eps: float, pixels: Any, plan: Plan) -> Te
         last = done + 1 if name == "stem_pair" else done
         weight, stride = stages.weights[last], stages.strides[last]
         if name == stem_choices.CUDNN:
-            x, done = _normalize(_cudnn(x, weight, stride), *norms[last], eps), last + 1
+            gamma, beta, mean, variance = norms[last]
+            raw = _cudnn(x, weight, stride)
+            x, done = _normalize(raw, gamma, beta, mean, variance, eps), last + 1
             continue
         out = _map(weight, shapes[last])
         if name == "stem_pair":

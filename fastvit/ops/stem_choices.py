@@ -104,9 +104,9 @@ def exchangeable(kernels: Kernels, problem: Problem, strides: Sequence[int]) -> 
     found = {}
     for place in range(1, len(kernels) - 1):
         i = level + place
-        channels = problem.widths[i : i + 2]
+        before, after = problem.widths[i : i + 2]
         found[place] = layer_key(
-            problem.arithmetic, mode, *channels, strides[i], problem.positions[i]
+            problem.arithmetic, mode, before, after, strides[i], problem.positions[i]
         )
     return found
 
@@ -127,5 +127,5 @@ def _cudnn_may(arithmetic: str) -> bool:
         return False
     if torch.are_deterministic_algorithms_enabled() and not cudnn.deterministic:
         return False
-    tf32 = cudnn.conv.fp32_precision == "tf32"
+    tf32 = cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return arithmetic == "half" or tf32 == (arithmetic == "tf32")
