@@ -256,6 +256,11 @@ def stem_parts(
         for layer, kinds in ((norm, _NORMS), (activation, (nn.ReLU,))):
             if not isinstance(layer, kinds):
                 misfit = misfit or f"a {type(layer).__name__} in the place of a {kinds[0].__name__}"
+        # PyTorch's conversion keeps the ReLU of timm's batch norm, and runs it no more.
+        if type(norm) in _NORMS and next(norm.children(), None) is not None:
+            misfit = (
+                misfit or f"an activation within a {type(norm).__name__}, which does not run it"
+            )
         if not getattr(norm, "affine", True):
             misfit = misfit or "a batch norm with affine=False"
         if misfit:
