@@ -69,7 +69,11 @@ def _candidate(name: str, module: nn.Module, makes_patches: bool) -> Candidate |
     if adapter is None:
         found = likeness_of(module)
         return None if found is None else Candidate(name, module, found.layer, None, found.reason)
-    reason = adapter._refusal(module)
+    try:
+        reason = adapter._refusal(module)
+    except AttributeError as error:
+        # A copy of the authors' file that somebody edited.
+        reason = f"it is not what its name says: {error}"
     return Candidate(name, module, adapter._layer, None if reason else adapter, reason or "")
 
 
