@@ -246,7 +246,7 @@ def test_options_of_patch_embed(options: dict[str, object], size: tuple[int, int
     agree(ours(x), layer(x))
     if not options:
         for wrong in (images(2, 24), images(2)[:, :2], images(2).to(torch.uint8), images(2)[0, 0]):
-            with pytest.raises(Exception) as theirs:  # noqa: PT011
+            with pytest.raises(Exception) as theirs:
                 layer(wrong)
             with pytest.raises(theirs.type):
                 ours(wrong)
