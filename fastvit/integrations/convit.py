@@ -33,7 +33,7 @@ class VisionTransformer(AcceleratedModel):
         return None if getattr(module, "use_pos_embed", True) else "it has no positions"
 
     def forward_features(self, x: Any) -> Any:
-        if self._refusal(self) is None and self._completes(x):
+        if self._completes(x) and self._refusal(self) is None:
             x = Unembedded(x)
         return super().forward_features(x)  # type: ignore[misc]
 
