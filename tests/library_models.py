@@ -39,6 +39,11 @@ def module_of(name: str, *classes: type) -> ModuleType:
     for cls in classes:
         cls.__module__, cls.__qualname__ = name, cls.__name__
         setattr(module, cls.__name__, cls)
+    *packages, _ = name.split(".")
+    for depth in range(len(packages)):
+        package = ModuleType(".".join(packages[: depth + 1]))
+        package.__path__ = []
+        sys.modules.setdefault(package.__name__, package)
     sys.modules[name] = module
     return module
 
