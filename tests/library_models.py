@@ -368,7 +368,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             spread = 1.0 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.1
             parameter += spread * torch.randn(parameter.shape, generator=generator)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
                 module.running_mean.normal_(0.0, 0.3, generator=generator)
                 module.running_var.uniform_(0.5, 2.0, generator=generator)
     return model

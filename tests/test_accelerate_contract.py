@@ -172,8 +172,6 @@ def test_undo_of_nested_calls(order: tuple[int, int]) -> None:
     reports[order[0]].undo()
     if order == (1, 0):
         assert classes(model) == after[0]
-    else:
-        assert {e.layer for e in fastvit.report(model).swapped} == {"mhsa", "patch_embed"}
     reports[order[1]].undo()
     assert_same(model, plain)
     reports[0].undo()
