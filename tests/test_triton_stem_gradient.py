@@ -155,7 +155,7 @@ def run(
     stages = Stages(*lists, strides)
     # oneDNN's bfloat16 convolutions of images of one column are garbage (torch 2.15).
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        _, raw, means, variances = conv_stem_torch.forward(*inputs, stages, *options, True)
+        _, raw, means, variances, _ = conv_stem_torch.forward(*inputs, stages, *options, True)
         if change is not None:
             change(raw)
         kept = stages._replace(means=means, variances=variances)

@@ -151,7 +151,7 @@ def _norm_classes(stages: list[Stage]) -> tuple[type[nn.BatchNorm2d], ...] | str
     found = []
     for _, norm in stages:
         kind = type(norm)
-        if kind is nn.BatchNorm2d:
+        if kind in (nn.BatchNorm2d, nn.SyncBatchNorm):
             continue
         if f"{kind.__module__}.{kind.__qualname__}" != _NORM_ACT:
             return f"a {kind.__qualname__} of {kind.__module__} in the place of a BatchNorm2d"

@@ -19,6 +19,7 @@ from fastvit.kernels.stem_pair import stem_pair
 from fastvit.kernels.stem_statistics import stem_affine, stem_statistics
 from fastvit.kernels.stem_tokens import stem_tokens
 from fastvit.ops import conv_stem_torch
+from fastvit.ops.batch_statistics import synchronized
 from fastvit.ops.conv_stem_torch import Floats, Forward, Stages, channels_last, stage_shapes
 from fastvit.ops.gpsa_triton import architecture, precision
 from fastvit.reference import stage_grids
@@ -60,13 +61,15 @@ def forward(
     mean: Floats,
     std: Floats,
     save: bool,
+    group: str = "",
 ) -> Forward:
     """The op's forward by the kernels of ``plan``."""
     if x.shape[0] == 0:
         # Nothing to launch; what there is to say of no values, PyTorch says.
         return conv_stem_torch.forward(
-            x, proj_weight, proj_bias, pos_embed, cls_token, stages, training, eps, mean, std, save
-        )
+            x, proj_weight, proj_bias, pos_embed, cls_token, stages, training, eps, mean, std, save,
+            group,
+        )  # fmt: skip
     *layers, (_, config) = plan.kernels
     if not within_reach(x, max(config.rows for _, config in layers)):
         x = x.contiguous()
@@ -75,9 +78,9 @@ def forward(
     bias, position, first = (None if p is None else p.contiguous() for p in parameters)
     with torch.cuda.device_of(x):
         if training or save:
-            y, affine, kept = _keep(x, stages, training, eps, pixels, save, plan)
+            y, affine, kept = _keep(x, stages, training, eps, pixels, save, plan, group)
         else:
-            y, affine, kept = _infer(x, stages, eps, pixels, plan), None, ([], [], [])
+            y, affine, kept = _infer(x, stages, eps, pixels, plan), None, ([], [], [], [])
         B, _, H, W = y.shape
         tokens = y.new_empty(B, H * W + int(first is not None), proj_weight.shape[0])
         stem_tokens(
@@ -134,14 +137,22 @@ def _infer(x: Tensor, stages: Stages, eps: float, pixels: Any, plan: Plan) -> Te
 
 
 def _keep(
-    x: Tensor, stages: Stages, training: bool, eps: float, pixels: Any, save: bool, plan: Plan
-) -> tuple[Tensor, Tensor, tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    x: Tensor,
+    stages: Stages,
+    training: bool,
+    eps: float,
+    pixels: Any,
+    save: bool,
+    plan: Plan,
+    group: str,
+) -> tuple[Tensor, Tensor, tuple[list[Tensor], ...]]:
     """The sums of the last stage, its batch norm as scale and shift, and what is kept: the sums of
-    every stage if they are to be saved, means and variances.
+    every stage if they are to be saved, means and variances, and the values of each in a group.
     """
     raw: list[Tensor] = []
     means: list[Tensor] = []
     variances: list[Tensor] = []
+    counts: list[Tensor] = []
     affine: Tensor | None = None
     shapes = stage_shapes(x, stages.weights, stages.strides)
     for i, (shape, (_, config)) in enumerate(zip(shapes, plan.kernels, strict=False)):
@@ -166,6 +177,12 @@ def _keep(
             affine = stem_statistics(
                 partials, config.rows, values, gamma, beta, eps, mean, variance
             )
+            if group:
+                count, mean, variance = synchronized(values, mean, variance, group)
+                # By the kernel that the check of training covers: a part of one value.
+                part = torch.stack((mean, variance))[:, None]
+                affine = stem_statistics(part, 1, 1, gamma, beta, eps, mean, variance)
+                counts.append(count)
         else:
             # As they are now: a later training step changes the buffers in place.
             mean = stages.means[i].to(torch.float32, copy=True).contiguous()
@@ -177,4 +194,4 @@ def _keep(
             raw.append(out)
         x = out
     assert affine is not None
-    return x, affine, (raw, means, variances)
+    return x, affine, (raw, means, variances, counts)
