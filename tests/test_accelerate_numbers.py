@@ -200,9 +200,9 @@ def entered(functions: Mapping[nn.Module, Callable]) -> Iterator[list[nn.Module]
 
     def trace(frame: FrameType, event: str, argument: object) -> None:
         module = frame.f_locals.get("self") if event == "call" else None
-        if isinstance(module, nn.Module) and module in functions:
-            if frame.f_code is functions[module].__code__:
-                found.append(module)
+        known = functions.get(module) if isinstance(module, nn.Module) else None
+        if known and frame.f_code is known.__code__:
+            found.append(module)
 
     sys.setprofile(trace)
     try:

@@ -16,6 +16,7 @@ from library_models import (
     PATCH,
     SIZE,
     WIDTH,
+    authors_convit,
     build,
     hugging_face,
     images,
@@ -247,3 +248,112 @@ def test_wrong_geometry_of_timm_is_kept(recwarn: pytest.WarningsRecorder) -> Non
     agree(ours(x), expected)
     warned += [str(w.message) for w in recwarn if str(w.message) not in warned]
     assert len([text for text in warned if "grid" in text]) == 1, warned
+
+
+@pytest.mark.parametrize("name", [n for n, case in MODELS.items() if "conv_stem" in case.swapped])
+@pytest.mark.parametrize("frozen", ["first", "all", "none"])
+def test_batch_norms_of_a_training_stem(name: str, frozen: str) -> None:
+    """Some may be in eval mode, have a momentum of their own or none: as the library does."""
+    model = build(name).train()
+    ours = accelerated(model)
+    results = []
+    for m in (ours, model):
+        norms = [n for n in m.modules() if isinstance(n, nn.BatchNorm2d)]
+        norms[0].eval() if frozen == "first" else None
+        for norm in norms:
+            norm.train(norm.training and frozen != "all")
+        norms[1].momentum = 0.4
+        norms[2].momentum = None
+        with torch.no_grad():
+            results.append(m(images()))
+    agree(*results)
+    for (key, mine), theirs in zip(ours.named_buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "convit"])
+def test_conversion_after_accelerate(name: str, dtype: torch.dtype) -> None:
+    model = build(name)
+    ours = accelerated(model).to(dtype, memory_format=torch.channels_last)
+    with torch.no_grad():
+        got, expected = output(ours, images().to(dtype)), output(model, images())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("cls", [CONVIT.GPSA, CONVIT.MHSA])
+def test_scale_of_the_authors(cls: type) -> None:
+    layer = randomize(cls(WIDTH, HEADS, qk_scale=0.9, qkv_bias=True))
+    x = torch.randn(2, 16, WIDTH)
+    agree(accelerated(layer)(x), layer(x))
+
+
+def edited(**methods: Callable) -> nn.Module:
+    """The authors' ConViT from a copy of their file that somebody changed."""
+    cls = authors_convit("project.models.convit").VisionTransformer
+    for name, method in methods.items():
+        setattr(cls, name, method)
+    return randomize(cls()).eval()
+
+
+def tokens_then_blocks(self: nn.Module, x: Tensor) -> Tensor:
+    x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+    return self.norm(self.blocks[-1](x))[:, 0]
+
+
+@pytest.mark.parametrize(
+    "sum_of",
+    [
+        lambda self, x: x + self.pos_embed,
+        lambda self, x: self.pos_embed + x,
+        lambda self, x: torch.add(x, self.pos_embed),
+        lambda self, x: x + 2 * self.pos_embed,
+        lambda self, x: 2 * x + self.pos_embed,
+        lambda self, x: x.add_(self.pos_embed),
+        lambda self, x: self.pos_drop(x) + self.pos_embed[:, : x.shape[1]],
+        lambda self, x: (x + self.pos_embed) + x.mean(dim=1, keepdim=True),
+        lambda self, x: x,
+        lambda self, x: x.view(x.size(0), -1, WIDTH) if x.is_contiguous() else x.clone(),
+        lambda self, x: torch.stack([row for row in x]),  # noqa: C416
+        lambda self, x: x * (x > 0).float(),
+    ],
+    ids=lambda f: str(f.__code__.co_firstlineno),
+)
+def test_edited_copies_of_convit(sum_of: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def forward_features(self: nn.Module, x: Tensor) -> Tensor:
+        return tokens_then_blocks(self, sum_of(self, self.patch_embed(x)))
+
+    model = edited(forward_features=forward_features)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            agree(accelerated(model)(images()), model(images()))
+
+
+def test_edited_copy_without_the_flag_of_positions() -> None:
+    model = edited()
+    del model.use_pos_embed
+    type(model).forward_features = lambda self, x: tokens_then_blocks(self, self.patch_embed(x))
+    agree(accelerated(model)(images()), model(images()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_linear_layers() -> None:
+    model = build("timm-vit")
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    expected = model(images())
+    report = fastvit.accelerate(model)
+    assert [e.layer for e in report.swapped] == ["patch_embed"]
+    assert all("quant" in e.reason.lower() for e in report.skipped)
+    agree(model(images()), expected)
+
+
+def test_layers_of_fastvit_do_not_count() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = fastvit.GPSA(WIDTH, HEADS)
+            self.theirs = CONVIT.GPSA(WIDTH, HEADS)
+
+    report = fastvit.accelerate(Mixed(), strict=True)
+    assert [e.name for e in report.swapped] == ["theirs"]
