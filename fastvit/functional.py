@@ -401,7 +401,7 @@ def conv_stem(
     x, proj_weight, proj_bias = _cast(cast, x, proj_weight, proj_bias)
     stages = [stage._replace(weight=_cast(cast, stage.weight)[0]) for stage in stages]
     asked = requested(backend)
-    call = _conv_stem.call(x, [stage.weight for stage in stages], proj_weight)
+    call = _conv_stem.call(x, proj_weight)
     if choose(call, asked) == "reference" or plain_ops_wanted():
         return _plain(
             reference.conv_stem, x, stages, proj_weight, proj_bias,

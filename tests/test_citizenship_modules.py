@@ -317,6 +317,13 @@ class TestChildren:
             prune.remove(child, "weight")
         assert not torch.allclose(module(x), dense, rtol=0.01)
         assert_same([module(x)], [twin(x)])
+        # A mask is put on the weights of the call, by a hook.
+        with torch.no_grad():
+            for child in learned_layers(module).values():
+                child.weight_orig.mul_(2)
+            for child in learned_layers(twin).values():
+                child.weight.mul_(2)
+        assert_same([module(x)], [twin(x)])
         module(x).square().sum().backward()
         for name, child in learned_layers(module).items():
             assert (child.weight_orig.grad[child.weight_mask == 0] == 0).all(), name

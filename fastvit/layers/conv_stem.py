@@ -144,7 +144,10 @@ def is_fusible(
     for conv, norm in stages:
         if not is_plain(conv, nn.Conv2d):
             return False
-        if not (is_plain(norm, *_NORMS, *norms) and norm.affine):
+        if not is_plain(norm, *_NORMS, *norms):
+            return False
+        # PyTorch's may lack both, or the bias alone.
+        if norm._parameters["weight"] is None or norm._parameters["bias"] is None:
             return False
     first, *others = (
         (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for _, norm in stages

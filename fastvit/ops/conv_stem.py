@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvit.ops import conv_stem_torch
-from fastvit.ops.backend import Call, choose
+from fastvit.ops.backend import AUTO, Call, choose
 from fastvit.ops.conv_stem_torch import (
     Floats,
     Forward,
@@ -32,7 +32,6 @@ from fastvit.ops.library import (
 )
 from fastvit.ops.tokens import wide
 from fastvit.reference import stage_grids
-from fastvit.reference.arguments import untraced
 
 _STEM = "Tensor x, Tensor proj_weight, Tensor? proj_bias, Tensor? pos_embed, Tensor? cls_token"
 _STAGES = (
@@ -44,11 +43,28 @@ _STAGES = (
 _OPTIONS = "bool training, float eps, float[]? mean, float[]? std"
 
 
-@untraced
-def call(x: Tensor, weights: Tensors, proj_weight: Tensor) -> Call:
-    """What the choice of an implementation depends on."""
-    widths = (x.shape[1], *(w.shape[0] for w in weights), proj_weight.shape[0])
-    return Call("conv_stem", x.device, proj_weight.dtype, widths=widths)
+def call(x: Tensor, proj_weight: Tensor) -> Call:
+    """What the choice of a backend depends on, beside sizes."""
+    return Call("conv_stem", x.device, proj_weight.dtype)
+
+
+def _takes_kernels(x: Tensor, proj_weight: Tensor, stages: Stages, mode: str, asked: str) -> bool:
+    """Whether the Triton kernels are to run a call: "infer", "train" or "backward".
+
+    Raises:
+        RuntimeError: they were ``asked`` for by name and do not take its sizes.
+    """
+    if choose(call(x, proj_weight), asked) != "triton":
+        return False
+    # Only here, since importing Triton takes time.
+    from fastvit.ops import conv_stem_triton
+
+    reason = conv_stem_triton.too_large(x, stages)
+    if reason is not None and asked != AUTO:
+        raise RuntimeError(f"backend: {asked!r} was asked for, but {reason}")
+    if reason is not None:
+        return False
+    return asked != AUTO or not conv_stem_triton.torch_is_faster(x, proj_weight, stages, mode)
 
 
 def _fake_forward(
@@ -77,7 +93,7 @@ def _forward_flops(x: Shape, proj_weight: Shape, *args: Any, **_: Any) -> int:
 
 
 def _backward_flops(_grad: Shape, x: Shape, proj_weight: Shape, *args: Any, **_: Any) -> int:
-    stages, wanted = Stages(*args[4:10]), args[-2]
+    stages, wanted = Stages(*args[4:10]), args[-4]
     flops = _flops(x, proj_weight, stages)
     depth = len(stages.strides)
     learned = [any(wanted[5 + i :: depth]) for i in range(depth)]
@@ -97,12 +113,13 @@ def _conv_stem_forward(x: Tensor, proj_weight: Tensor, *args: Any) -> Forward:
     *arguments, backend = args
     stages = Stages(*arguments[3:9])
     inputs = (x, proj_weight, *arguments[:3], stages, *arguments[9:])
-    if choose(call(x, stages.weights, proj_weight), backend) == "triton":
+    training, *_, save, _group = arguments[9:]
+    mode = "train" if training or save else "infer"
+    if _takes_kernels(x, proj_weight, stages, mode, backend):
         # Only here, since importing Triton takes time.
         from fastvit.ops import conv_stem_triton
         from fastvit.ops.conv_stem_trust import trusted_plan
 
-        training, *_, save, _group = arguments[9:]
         plan = trusted_plan(x, proj_weight, stages, training, save, backend)
         if plan is not None:
             return conv_stem_triton.forward(plan, *inputs)
@@ -126,7 +143,7 @@ def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any
     *arguments, backend = args
     stages = Stages(*arguments[4:10])
     inputs = (grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
-    if choose(call(x, stages.weights, proj_weight), backend) == "triton":
+    if _takes_kernels(x, proj_weight, stages, "backward", backend):
         # Only here, since importing Triton takes time.
         from fastvit.ops import conv_stem_triton_backward
         from fastvit.ops.conv_stem_trust import trusts_backward

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvit.kernels import stem_gradient_configs as configs
 from fastvit.kernels.configs import Config
 from fastvit.kernels.stem_blocks import within_reach
+from fastvit.kernels.stem_configs import gathers
 from fastvit.kernels.stem_image_gradient import stem_image_gradient
 from fastvit.kernels.stem_input_gradient import stem_input_gradient
 from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
@@ -28,6 +29,7 @@ from fastvit.ops.gpsa_triton import architecture, precision
 from fastvit.ops.library import picked
 from fastvit.ops.tokens import gradient_of, wide
 from fastvit.ops.uint8_fold import fold_numbers
+from fastvit.reference import normalize_images
 
 
 class _Setting(NamedTuple):
@@ -117,7 +119,7 @@ def backward(
             if group:
                 k = _synchronized(partials, norm, eps, group, counts[i])
             above = (raw[i], k) if training else None
-            if training and (i or wanted[0]):
+            if training and (i or wanted[0] or not gathers(x.shape[1])):
                 # Else the one kernel that reads it makes it by itself.
                 config = configs.raw_gradient(raw[i].shape[1])
                 stem_raw_gradient(dz, raw[i], k, config)
@@ -190,9 +192,11 @@ def _input_gradient(
 
 
 def _weight_gradient(
-    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm, weight: Tensor
+    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm | None, weight: Tensor
 ) -> Tensor:
-    """Of a 3x3 or, where ``grad`` are tokens, the last 1x1."""
+    """Of a 3x3 or, where ``grad`` are tokens, the last 1x1; without a norm, ``below`` is what the
+    convolution read.
+    """
     taps = weight[0, 0].numel()
     out, channels = weight.shape[:2]
     config = configs.weight_gradient(setting.arch, setting.arithmetic, out, channels, taps)
@@ -217,6 +221,9 @@ def _first_gradient(
     """Of the weights of the first convolution. ``above`` are its output and the coefficients of its
     gradient if ``dz`` is the gradient before the ReLU, else None.
     """
+    if not gathers(x.shape[1]):
+        image = channels_last(normalize_images(x, mean, std, dz.dtype))
+        return _weight_gradient(setting, dz, stride, image, None, weight)
     raw, coefficients = above if above is not None else (None, None)
     centers = shifts = scales = None
     if x.dtype == torch.uint8:
