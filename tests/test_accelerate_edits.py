@@ -191,7 +191,13 @@ EDITS = {
     **edits_of(
         "timm-vit_c",
         "patch_embed.backbone.1.bn",
-        {**WATCHED, "sync": sync, "eps": attribute("eps", 0.1), "gone": lambda m: nn.Identity()},
+        {
+            **WATCHED,
+            "sync": sync,  # torch's conversion loses the activation of timm's BatchNormAct2d
+            "sync-act": timm.layers.convert_sync_batchnorm,
+            "eps": attribute("eps", 0.1),
+            "gone": lambda m: nn.Identity(),
+        },
     ),
     **edits_of("timm-vit_c", "patch_embed.backbone.1.bn.act", {"gelu": lambda m: nn.GELU()}),
     **edits_of("timm-vit_c", "patch_embed", WATCHED),
@@ -211,7 +217,7 @@ EDITS = {
     **edits_of("sequential", "2", {**WATCHED, "gelu": lambda m: nn.GELU()}),
 }
 #: Edits after which the library's numbers are the same: timm's fused attention reads no scale.
-NEUTRAL = ("-sequential", "-sync", "attn_drop-hook", "timm-vit-blocks.0.attn-scale")
+NEUTRAL = ("-sequential", "-sync", "-sync-act", "attn_drop-hook", "timm-vit-blocks.0.attn-scale")
 
 
 def run(model: nn.Module) -> Tensor:

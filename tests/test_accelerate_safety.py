@@ -18,6 +18,8 @@ import pytest
 import torch
 from library_models import MODELS, build, images, output
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import fastvit
 
@@ -307,3 +309,51 @@ def test_part_of_a_model_inside_a_larger_one() -> None:
     assert not fastvit.report(build("timm-vit")).swapped
     assert fastvit.accelerate(both, where=lambda name, _: name.startswith("student"))
     assert not fastvit.report(teacher).swapped
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A group of one process on the CPU."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_modules(mesh: DeviceMesh) -> None:
+    """Sharding comes after; what is sharded already is left alone and said to be."""
+    model = build("timm-vit")
+    expected = run(model)
+    for block in model.blocks:
+        fully_shard(block.attn, mesh=mesh)
+    report = fastvit.accelerate(model)
+    assert [e.layer for e in report.swapped] == ["patch_embed"]
+    assert all("shard" in e.reason for e in report.skipped)
+    torch.testing.assert_close(run(model), expected, rtol=2e-5, atol=2e-5)
+
+    flat = FullyShardedDataParallel(build("timm-vit"), device_id=torch.device("cpu"))
+    report = fastvit.accelerate(flat)
+    assert not report.swapped
+    assert all("shard" in e.reason.lower() or "FSDP" in e.reason for e in report.skipped)
+    torch.testing.assert_close(run(flat), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_sharding_after_accelerate(mesh: DeviceMesh) -> None:
+    model, plain = build("timm-vit"), build("timm-vit")
+    assert fastvit.accelerate(model)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    losses = []
+    for m in (model, plain):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.01)
+        for _ in range(2):
+            loss = m(images()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="put over it"):
+        fastvit.restore(model)
