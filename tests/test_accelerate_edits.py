@@ -23,7 +23,7 @@ from library_models import (
     sequential_stem,
     timm_stem,
 )
-from timm.layers import HybridEmbedWithSize, PatchEmbedWithSize
+from timm.layers import HybridEmbedWithSize, PatchEmbedWithSize, convert_sync_batchnorm
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -194,7 +194,7 @@ EDITS = {
         {
             **WATCHED,
             "sync": sync,  # torch's conversion loses the activation of timm's BatchNormAct2d
-            "sync-act": timm.layers.convert_sync_batchnorm,
+            "sync-act": convert_sync_batchnorm,
             "eps": attribute("eps", 0.1),
             "gone": lambda m: nn.Identity(),
         },
