@@ -89,7 +89,7 @@ def draw(stem: Sequence[Layer], title: str) -> plt.Figure:
         axes.text(left + 0.15, y, f"{left:.2f} MB", va="center", color=INK, fontsize=10)
     axes.set_yticks(range(len(plans)), [name for name, _ in plans])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * sum(plans[0][1]) / 1e6)
+    axes.set_xlim(0, 1.16 * sum(plans[0][1]) / 1e6)
     axes.set_xlabel("MB read and written for one image, by layer", color=MUTED)
     axes.tick_params(colors=INK, length=0)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
