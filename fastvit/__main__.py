@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,18 @@ The layers are used from Python; this command tells about the installation."""
 _EXAMPLES = """\
 examples:
   fastvit info                 what is installed, built and usable here, for bug reports
+  fastvit info --help          how to ask for more
+"""
+
+_INFO_EXAMPLES = """\
+examples:
+  fastvit info                 text; paste it into a bug report
   fastvit info --check         also compare every backend with the reference, here and now
   fastvit info --json | jq .build
 """
+
+
+_COMMANDS = ("info",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if a check disagreed, else 0.
     """
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        close = difflib.get_close_matches(argv[0], _COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_COMMANDS)}"
+        parser.error(f"unknown command {argv[0]!r}; {hint}")
+    arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
 
@@ -48,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="versions, build record, devices, and which backend runs what or why not",
         description="Tell what is installed, what was built, and which backends run here.",
+        epilog=_INFO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     info.add_argument("--json", action="store_true", help="print JSON instead of text")
     info.add_argument(

@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastvit._report import NotAccelerated, Report
 from fastvit.inspection import evaluating
-from fastvit.integrations import adapter
-from fastvit.integrations.adapter import Accelerated, Former, Setting
-from fastvit.integrations.plan import LEFT_OUT, Plan, entry, plan
+from fastvit.integrations.adapter import Accelerated, Setting, put_back, swap
+from fastvit.integrations.plan import LEFT_OUT, Plan, entry, notes, plan
 from fastvit.integrations.recognition import IS_OURS
 from fastvit.integrations.survey import candidates, is_compiled
 from fastvit.ops.backend import AUTO, OPS, checked, choose, nearest, requested
@@ -55,8 +54,8 @@ def accelerate(
             follows ``to()``; ``train()``, ``load_state_dict()`` and gradients raise RuntimeError
             until :func:`restore`.
         backend: of the swapped layers; "auto" follows :func:`fastvit.set_backend`.
-        where: called with the name and the module of each layer that could be swapped; those for
-            which it is false stay.
+        where: called with the name and the module of each layer in question; those for which it is
+            false stay.
         strict: refuse if anything that looks like a layer to swap cannot be.
         verify: example input (a tensor, a tuple of arguments or a mapping of keywords). The model
             runs on it before and after, in eval mode, and the outputs are compared.
@@ -80,19 +79,19 @@ def accelerate(
     before = None if verify is None else _outputs(model, verify)
     setting = Setting(None if backend == AUTO else backend, mode)
     planned = plan(model, layers, setting, where)
-    formers: list[Former] = []
-    found = Report(planned.swapped, planned.skipped, lambda: _put_back(formers))
+    modules = [module for module, _ in planned.swaps.values()]
+    call = object()
+    found = Report(planned.swapped, planned.skipped, lambda: _undo(modules, call))
     _insist(found, model, strict, backend)
     try:
         for module, mixin in planned.swaps.values():
-            formers.append(adapter.former(module))
-            adapter.swap(module, mixin, setting)
+            swap(module, mixin, setting, call)
         if before is not None:
             found.max_error = _largest_difference(before, _outputs(model, verify), found)
         _warn_of_geometry(model, planned)
         _logger.info("accelerate(%s): %s", kind, found.counts())
     except BaseException:
-        _put_back(formers)
+        _undo(modules, call)
         raise
     return found
 
@@ -115,7 +114,7 @@ def restore(model: nn.Module) -> int:
                 f"{type(module).__qualname__}, which was put over it since"
             )
     for _, module in found:
-        adapter.put_back(Former(module, module._original, None))
+        put_back(module)
     return len(found)
 
 
@@ -126,15 +125,18 @@ def report(model: nn.Module) -> Report:
         TypeError: ``model`` is no module.
     """
     _modules(model)
-    swapped, skipped = [], []
+    swapped, skipped = {}, []
     for found in candidates(model):
         if isinstance(found.module, Accelerated):
             call = found.module._call(found.module)
-            swapped.append(entry(found, choose(call, requested(found.module._backend)), ""))
+            backend = choose(call, requested(found.module._backend))
+            swapped[found.name] = entry(found, backend, "")
         else:
             reason = found.reason or "fastvit.accelerate has not been called"
             skipped.append(entry(found, "", reason))
-    return Report(tuple(swapped), tuple(skipped))
+    for name, note in notes(model, swapped):
+        swapped[name] = swapped[name]._replace(reason=note)
+    return Report(tuple(swapped.values()), tuple(skipped))
 
 
 def _modules(model: object) -> list[tuple[str, nn.Module]]:
@@ -200,9 +202,9 @@ def _insist(found: Report, model: nn.Module, strict: bool, backend: str) -> None
     )
 
 
-def _put_back(formers: list[Former]) -> None:
-    while formers:
-        adapter.put_back(formers.pop())
+def _undo(modules: list[nn.Module], call: object) -> None:
+    for module in modules:
+        put_back(module, call)
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from fastvit import functional
 from fastvit.integrations.adapter import Accelerated
 from fastvit.integrations.recognition import IS_OURS, adapter_of, likeness_of
+from fastvit.integrations.survey import refusal_of
 from fastvit.ops.backend import AUTO, Call, checked, nearest, refusal, requested
 
 _OPS = {
@@ -91,7 +92,7 @@ def _of_module(
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"{kind} is no layer that fastvit knows" if likeness is None else likeness.reason
     # Not on the inputs: a library's forward may keep what it makes of them.
-    return adapter._refusal(module) or _backend_refusal(adapter._call(module), backend)
+    return refusal_of(module, adapter) or _backend_refusal(adapter._call(module), backend)
 
 
 def _backend_refusal(call: Call, backend: str | None) -> str | None:

@@ -169,11 +169,13 @@ def test_the_command_prints_text_or_json(capsys):
     ("arguments", "status", "stream", "words"),
     [
         (["--version"], 0, "out", f"fastvit {fastvit.__version__}"),
-        (["--help"], 0, "out", "fastvit info --check"),
+        (["--help"], 0, "out", "fastvit info --help"),
+        (["info", "--help"], 0, "out", "fastvit info --check"),
         ([], 2, "err", "the following arguments are required: command"),
-        (["infos"], 2, "err", "invalid choice: 'infos'"),
+        (["infos"], 2, "err", "unknown command 'infos'; did you mean info?"),
+        (["tune"], 2, "err", "unknown command 'tune'; known: info"),
     ],
-    ids=["version", "help", "nothing", "unknown command"],
+    ids=["version", "help", "help of a command", "nothing", "misspelt", "unknown command"],
 )
 def test_the_command_explains_itself(capsys, arguments, status, stream, words):
     with pytest.raises(SystemExit) as exit_:

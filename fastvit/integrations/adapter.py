@@ -22,14 +22,6 @@ class Setting(NamedTuple):
     frozen: Any = None
 
 
-class Former(NamedTuple):
-    """What a module was before :func:`swap`."""
-
-    module: nn.Module
-    kind: type[nn.Module]
-    setting: Setting | None
-
-
 class Accelerated(nn.Module):
     """Base of the adapters. Classes of modules are made from it by :func:`adapted_class`, so that
     ``super().forward`` is the library's own. Names begin with an underscore, since a child of the
@@ -67,6 +59,10 @@ class Accelerated(nn.Module):
             return False
         self._refuse_gradients(x)
         return requested(self._fastvit.backend) != "reference"
+
+    @classmethod
+    def _announce(cls, adapted: type[nn.Module], original: type[nn.Module]) -> None:
+        """Tell the library of the new class, where it has to know."""
 
     @classmethod
     def _freeze(cls, module: Any) -> Any:
@@ -112,31 +108,35 @@ class Accelerated(nn.Module):
         return _new, (self._mixin, self._original), *state
 
 
-def former(module: nn.Module) -> Former:
-    """The class and setting of a module, to put back."""
-    return Former(module, type(module), module.__dict__.get("_fastvit"))
+def swap(module: nn.Module, mixin: type[Accelerated], setting: Setting, call: object) -> None:
+    """Give a module of a library's class the adapter, or an adapted one another setting.
 
-
-def swap(module: nn.Module, mixin: type[Accelerated], setting: Setting) -> None:
-    """Give a module of a library's class the adapter, or an adapted one another setting."""
-    if not isinstance(module, Accelerated):
-        module.__class__ = adapted_class(mixin, type(module))
+    ``call`` stands for the call of :func:`fastvit.accelerate`, which may be undone before or after
+    others.
+    """
     if setting.mode == "infer":
         if module.training:
             raise ValueError("mode: 'infer' expects a model in eval(), got one in train()")
         setting = setting._replace(frozen=mixin._freeze(module))
-    module.__dict__["_fastvit"] = setting
+    original = module._original if isinstance(module, Accelerated) else type(module)
+    calls = {**module.__dict__.get("_fastvit_calls", {}), call: setting}
+    adapted = adapted_class(mixin, original)
+    module.__class__ = adapted
+    module.__dict__.update(_fastvit=setting, _fastvit_calls=calls)
 
 
-def put_back(former: Former) -> None:
-    """Undo :func:`swap`."""
-    former.module.__class__ = former.kind
-    kept = former.module.__dict__
-    if former.setting is None:
-        for name in [name for name in kept if name.startswith("_fastvit")]:
-            del kept[name]
-    else:
-        kept["_fastvit"] = former.setting
+def put_back(module: nn.Module, *calls: object) -> None:
+    """Undo :func:`swap` for some calls, or for all if none is named."""
+    if not isinstance(module, Accelerated):
+        return
+    kept = module.__dict__
+    left = {c: s for c, s in kept["_fastvit_calls"].items() if calls and c not in calls}
+    if left:
+        kept.update(_fastvit=next(reversed(left.values())), _fastvit_calls=left)
+        return
+    module.__class__ = module._original  # type: ignore[assignment]
+    for name in [name for name in kept if name.startswith("_fastvit")]:
+        del kept[name]
 
 
 #: The classes that were made, by the two that they were made of.
@@ -148,12 +148,14 @@ def adapted_class(mixin: type[Accelerated], original: type[nn.Module]) -> type[A
     key = mixin, original
     if key not in _made:
         members = {
-            "__module__": mixin.__module__,
+            # Of the library, by which torch.fx knows what it need not trace.
+            "__module__": original.__module__,
             "__doc__": f"{original.__qualname__} of {original.__module__}, on fastvit's ops.",
             "_mixin": mixin,
             "_original": original,
         }
         _made[key] = type(f"Accelerated{original.__name__}", (mixin, original), members)
+        mixin._announce(_made[key], original)
     return _made[key]
 
 

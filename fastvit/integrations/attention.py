@@ -35,9 +35,11 @@ class AcceleratedGPSA(Accelerated):
         return stacked_parameters((module.qk, module.v)) if module.v.weight.is_cuda else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._serves(x, 3) or not gpsa.is_fusible(self):
+            return super().forward(x)
         # Not math.isqrt, which torch.compile cannot trace for a symbolic number of patches.
-        side = int(x.shape[1] ** 0.5) if self._serves(x, 3) else 0
-        if side * side != x.shape[1] or not gpsa.is_fusible(self):
+        side = int(x.shape[1] ** 0.5)
+        if side * side != x.shape[1]:
             return super().forward(x)
         return gpsa.fused_gpsa(self, x, (side, side), self._backend, self._fastvit.frozen)
 
@@ -79,7 +81,9 @@ class AcceleratedAttention(Accelerated):
 
     @classmethod
     def _call(cls, module: Any) -> Call:
-        return super()._call(module)._replace(channels=round(module.scale**-2))
+        width = getattr(module.qkv, "out_features", None)
+        channels = None if width is None else width // (3 * module.num_heads)
+        return super()._call(module)._replace(channels=channels)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))

@@ -30,10 +30,10 @@ class VisionTransformer(AcceleratedModel):
 
     @classmethod
     def _refusal(cls, module: Any) -> str | None:
-        return None if module.use_pos_embed else "it has no positions"
+        return None if getattr(module, "use_pos_embed", True) else "it has no positions"
 
     def forward_features(self, x: Any) -> Any:
-        if self._refusal(self) is None and self._completes(x):
+        if self._completes(x) and self._refusal(self) is None:
             x = Unembedded(x)
         return super().forward_features(x)  # type: ignore[misc]
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fastvit.functional import patch_embed
 from fastvit.integrations.adapter import Accelerated
@@ -16,28 +17,64 @@ from fastvit.ops.library import autocast_dtype
 
 class Unembedded:
     """Images on their way through a model that adds class token and positions right after its
-    embedding: the embedding hands them on, and the addition runs both as one op.
+    embedding: the embedding hands them on, and the sum runs both as one op.
+
+    To all else it is what it stands for, the images and, past the embedding, their tokens: somebody
+    may have edited the model.
     """
 
     def __init__(self, images: Tensor, embedding: AcceleratedEmbedding | None = None) -> None:
-        self.images = images
-        self.embedding = embedding
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the images, whose first number models read."""
-        return self.images.shape
+        self._images = images
+        self._embedding = embedding
+        self._made: Tensor | None = None
 
     def through(self, embedding: AcceleratedEmbedding) -> Unembedded:
-        return Unembedded(self.images, embedding)
+        """As the output of an embedding."""
+        return Unembedded(self._images, embedding)
 
     def tokens(self, cls_token: Tensor | None, pos_embed: Tensor) -> Tensor:
         """(B, N[+1], D), in the dtype that a model gets by adding them itself."""
-        assert self.embedding is not None
-        return self.embedding._tokens(self.images, cls_token, pos_embed)
+        assert self._embedding is not None
+        return self._embedding._tokens(self._images, cls_token, pos_embed)
 
-    def __add__(self, pos_embed: Tensor) -> Tensor:
+    def plain(self) -> Tensor:
+        """What it stands for."""
+        if self._embedding is None:
+            return self._images
+        if self._made is None:
+            self._made = self._embedding._fused(self._images)
+        return self._made
+
+    def __add__(self, pos_embed: Any) -> Tensor:
+        shape = pos_embed.shape if isinstance(pos_embed, Tensor) else ()
+        # Of one token it could be a sum over all of them.
+        is_positions = len(shape) == 3 and shape[0] == 1 and shape[1] > 1
+        if self._embedding is None or self._made is not None or not is_positions:
+            return self.plain() + pos_embed
         return self.tokens(None, pos_embed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(_plain, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _plain(x: Any) -> Any:
+    return x.plain() if isinstance(x, Unembedded) else x
+
+
+def _as_plain(name: str) -> Any:
+    return lambda self, *args: getattr(self.plain(), name)(*map(_plain, args))
+
+
+# Python looks operators up in the class.
+for _name in ("getitem", "iter", "len", "mul", "neg", "radd", "rmul", "sub", "truediv"):
+    setattr(Unembedded, f"__{_name}__", _as_plain(f"__{_name}__"))
 
 
 class AcceleratedEmbedding(Accelerated):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -42,7 +42,10 @@ def plan(
     for found in candidates(model):
         if found.layer not in layers:
             continue
-        reason = found.reason or _refusal(found, setting, where)
+        if where is not None and not where(found.name, found.module):
+            reason = LEFT_OUT
+        else:
+            reason = found.reason or _backend_refusal(found, setting)
         if reason:
             skipped.append(entry(found, "", reason))
             continue
@@ -50,8 +53,13 @@ def plan(
         swaps[found.name] = found.module, found.adapter
         backend = choose(found.adapter._call(found.module), requested(setting.backend))
         swapped[found.name] = entry(found, backend, "")
-    for name, reason in _around(model, swaps):
-        swapped[name] = swapped[name]._replace(reason=reason)
+    for name, module, adapter, embedding in _around(model, swaps):
+        refusal_of_model = adapter._refusal(module)
+        if refusal_of_model is None:
+            swaps[name] = module, adapter
+        note = _note(adapter, refusal_of_model)
+        if note:
+            swapped[embedding] = swapped[embedding]._replace(reason=note)
     return Plan(swaps, tuple(swapped.values()), tuple(skipped))
 
 
@@ -63,36 +71,44 @@ def entry(found: Candidate, backend: str, reason: str) -> Entry:
     return Entry(found.name, kind.__qualname__, found.layer, backend, reason)
 
 
-def _refusal(
-    found: Candidate, setting: Setting, where: Callable[[str, nn.Module], bool] | None
-) -> str:
-    if where is not None and not where(found.name, found.module):
-        return LEFT_OUT
+def _backend_refusal(found: Candidate, setting: Setting) -> str:
     name = requested(setting.backend)
     assert found.adapter is not None
     reason = None if name == AUTO else refusal(found.adapter._call(found.module), name)
     return "" if reason is None else f"backend {name!r}: {reason}"
 
 
-def _around(model: nn.Module, swaps: Swaps) -> Iterator[tuple[str, str]]:
-    """Add the models that complete the tokens of an embedding among ``swaps``; yields what is to be
-    said of that embedding.
+def notes(model: nn.Module, swapped: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What the report says of the embeddings among layers that are swapped, by name."""
+    for _, module, adapter, embedding in _around(model, swapped):
+        note = _note(adapter, adapter._refusal(module))
+        if isinstance(module, AcceleratedModel) and note:
+            yield embedding, note
+
+
+def _note(adapter: type[AcceleratedModel], refusal: str | None) -> str:
+    if issubclass(adapter, AcceleratedEmbedding):
+        return ""
+    return adapter._note if refusal is None else f"alone, since {refusal}"
+
+
+def _around(
+    model: nn.Module, swapped: Collection[str]
+) -> Iterator[tuple[str, nn.Module, type[AcceleratedModel], str]]:
+    """The models that complete the tokens of an embedding that is swapped: name, module, adapter
+    and the embedding's name.
     """
-    embeddings = {name: name for name in swaps}
+    embeddings = {name: name for name in swapped}
     # Those inside first, so that an embedding around an embedding is known.
     for name, module in reversed(list(model.named_modules())):
         adapter = _model_adapter(module)
         if adapter is None:
             continue
-        child = f"{name}.{adapter._embedding}" if name else adapter._embedding
-        layer, reason = embeddings.get(child), adapter._refusal(module)
-        if layer is None:
-            continue
-        if reason is None:
-            swaps[name] = module, adapter
-            embeddings[name] = layer
-        if not issubclass(adapter, AcceleratedEmbedding):
-            yield layer, f"alone, since {reason}" if reason else adapter._note
+        embedding = embeddings.get(f"{name}.{adapter._embedding}" if name else adapter._embedding)
+        if embedding is not None:
+            if adapter._refusal(module) is None:
+                embeddings[name] = embedding
+            yield name, module, adapter, embedding
 
 
 def _model_adapter(module: nn.Module) -> type[AcceleratedModel] | None:

@@ -27,6 +27,8 @@ class _Parts(NamedTuple):
     stages: tuple[Stage, ...]
     projection: nn.Conv2d
     places: tuple[tuple[nn.Module, str, nn.Module], ...]
+    #: Activations, and what only holds the others.
+    rest: tuple[nn.Module, ...]
     norms: tuple[type[nn.BatchNorm2d], ...]
 
 
@@ -70,7 +72,10 @@ class AcceleratedStem(AcceleratedEmbedding):
                 stages, projection = stem_parts(self)
                 norms = _norm_classes(stages)
                 assert not isinstance(norms, str)
-                parts = _Parts(tuple(stages), projection, tuple(_places(self)), norms)
+                layers = {projection, *(layer for stage in stages for layer in stage)}
+                places = tuple(_places(self))
+                rest = tuple(child for _, _, child in places if child not in layers)
+                parts = _Parts(tuple(stages), projection, places, rest, norms)
             self.__dict__["_fastvit_parts"] = parts
         return parts
 
@@ -86,7 +91,7 @@ class AcceleratedStem(AcceleratedEmbedding):
         assert isinstance(images, Tensor)
         weight = parts.projection.weight
         return (
-            all(is_plain(child, type(child)) for _, _, child in parts.places)
+            all(is_plain(child, type(child)) for child in parts.rest)
             and is_fusible(parts.stages, parts.projection, *parts.norms)
             and images.shape[1] == parts.stages[0][0].in_channels
             and (images.dtype == weight.dtype or autocast_dtype(weight) is not None)

@@ -69,8 +69,21 @@ def _candidate(name: str, module: nn.Module, makes_patches: bool) -> Candidate |
     if adapter is None:
         found = likeness_of(module)
         return None if found is None else Candidate(name, module, found.layer, None, found.reason)
-    reason = adapter._refusal(module)
+    reason = refusal_of(module, adapter)
     return Candidate(name, module, adapter._layer, None if reason else adapter, reason or "")
+
+
+def refusal_of(module: nn.Module, adapter: type[Accelerated]) -> str | None:
+    """Why an adapter cannot serve a module of the right class, or None."""
+    if "forward" in module.__dict__:
+        return "it was given a forward of its own"
+    if not any(p.is_floating_point() for p in module.parameters()):
+        return "it has no floating parameters: is it quantised?"
+    try:
+        return adapter._refusal(module)
+    except AttributeError as error:
+        # A copy of the authors' file that somebody edited.
+        return f"it is not what its name says: {error}"
 
 
 def is_compiled(module: nn.Module) -> bool:

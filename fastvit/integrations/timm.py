@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from fastvit.integrations.embedding import (
 )
 from fastvit.integrations.stem import AcceleratedStem
 from fastvit.layers.children import is_plain
+
+
+class GPSA(AcceleratedGPSA):
+    """A leaf for ``torch.fx``, as timm's is."""
+
+    @classmethod
+    def _announce(cls, adapted: type[nn.Module], original: type[nn.Module]) -> None:
+        fx = sys.modules.get("timm.layers._fx")
+        if fx is not None and fx.is_notrace_module(original):
+            fx.register_notrace_module(adapted)
 
 
 class PatchEmbed(AcceleratedPatchEmbed):
@@ -61,7 +72,7 @@ class HybridEmbed(AcceleratedModel, AcceleratedEmbedding):
         return self.backbone._fused(images, **token_parameters)  # type: ignore[union-attr, operator]
 
     def _fits(self, images: Any) -> bool:
-        return self._refusal(self) is None and self._completes(images)
+        return self._completes(images) and self._refusal(self) is None
 
     def forward(self, x: Any) -> Any:
         # On images, the views that timm makes of the stem's tokens cost nothing.
@@ -83,7 +94,7 @@ class _Model(AcceleratedModel):
         return None
 
     def forward_features(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._refusal(self) is None and self._completes(x):
+        if self._completes(x) and self._refusal(self) is None:
             x = Unembedded(x)
         return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
@@ -124,7 +135,7 @@ class VisionTransformer(_Model):
 
 #: By the qualified names of the library's classes.
 ADAPTERS: dict[str, type[Accelerated]] = {
-    "timm.models.convit.GPSA": AcceleratedGPSA,
+    "timm.models.convit.GPSA": GPSA,
     "timm.models.convit.MHSA": AcceleratedAttention,
     "timm.layers.attention.Attention": AcceleratedAttention,
     # Where it was before timm 1.0.17.

@@ -30,7 +30,7 @@ class VisionTransformer(AcceleratedModel):
 
     def forward(self, x: Any) -> Tensor:
         size = (self.image_size, self.image_size)
-        if self._refusal(self) is not None or not self._completes(x) or x.shape[-2:] != size:
+        if not self._completes(x) or self._refusal(self) is not None or x.shape[-2:] != size:
             return super().forward(x)
         encoder: Any = self.encoder
         embedding: Any = self.conv_proj

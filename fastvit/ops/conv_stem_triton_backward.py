@@ -24,7 +24,7 @@ from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
 from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
 from fastvit.ops.gpsa_triton import architecture, precision
 from fastvit.ops.library import picked
-from fastvit.ops.tokens import wide
+from fastvit.ops.tokens import gradient_of, wide
 from fastvit.ops.uint8_fold import fold_numbers
 
 
@@ -145,9 +145,9 @@ def _token_sums(
     if proj_bias is not None and wanted[0]:
         found[0] = total[:, 0 if cls_token is None else 1 :].sum((0, 1)).to(proj_bias.dtype)
     if pos_embed is not None and wanted[1]:
-        found[1] = total[:, total.shape[1] - pos_embed.shape[1] :].to(pos_embed.dtype, copy=True)
+        found[1] = gradient_of(pos_embed, total[:, total.shape[1] - pos_embed.shape[1] :])
     if cls_token is not None and wanted[2]:
-        found[2] = total[:, :1].to(cls_token.dtype, copy=True)
+        found[2] = gradient_of(cls_token, total[:, :1])
     return found[0], found[1], found[2]
 
 

@@ -39,11 +39,18 @@ def token_gradients(
     if pos_embed is not None or cls_token is not None:
         total = grad.sum(0, keepdim=True, dtype=wide(grad.dtype))
         if pos_embed is not None:
-            dpos = total[:, total.shape[1] - pos_embed.shape[1] :].to(pos_embed.dtype, copy=True)
+            dpos = gradient_of(pos_embed, total[:, total.shape[1] - pos_embed.shape[1] :])
         if cls_token is not None:
-            dcls = total[:, :1].to(cls_token.dtype, copy=True)
+            dcls = gradient_of(cls_token, total[:, :1])
     prefix = 0 if cls_token is None else 1
     return grad[:, prefix:], dpos, dcls
+
+
+def gradient_of(parameter: Tensor, part: Tensor) -> Tensor:
+    """A part of a larger sum as a gradient of its own. With the strides of its shape, even along
+    axes of one element: DistributedDataParallel and the fused optimisers compare them.
+    """
+    return part.to(parameter.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def like_heads(q: Tensor) -> Tensor:
