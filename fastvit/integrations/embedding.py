@@ -145,12 +145,13 @@ class AcceleratedPatchEmbed(AcceleratedEmbedding):
             return False
         assert isinstance(images, Tensor)
         conv = self._projection(self)
+        if conv is not self and not is_plain(conv, nn.Conv2d):
+            return False
         (height, width), (ph, pw) = images.shape[-2:], conv.kernel_size
         return (
             images.shape[1] == conv.in_channels
             and height % ph == 0
             and width % pw == 0
-            and (conv is self or is_plain(conv, nn.Conv2d))
             and (images.dtype == conv.weight.dtype or autocast_dtype(conv.weight) is not None)
             and images.device == conv.weight.device
         )
