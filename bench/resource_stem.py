@@ -65,7 +65,7 @@ class Case(NamedTuple):
         return " ".join(words + (["train"] if self.training else []))
 
 
-# At most 32 pairs of a kernel and a case. Batches are 256, but 1 where a small call is the case.
+# At most 40 pairs of a kernel and a case. Batches are 256, but 1 where a small call is the case.
 CASES = (
     # The first two layers of ViT_C 1GF, 4GF, and 18GF and 36GF, and the widths around them.
     Case("stem_pair", "bfloat16", 256, (224, 224), (3, 24, 48), (2, 2)),
@@ -98,6 +98,15 @@ CASES = (
     Case("stem_tokens", "bfloat16", 1, (14, 14), (512, 768)),
     Case("stem_tokens", "tf32", 256, (14, 14), (512, 768), training=True),
     Case("stem_tokens", "ieee", 256, (14, 14), (384, 384)),
+    # Channels that are no multiple of 8, and images of more than four.
+    Case("stem_first", "float16", 256, (224, 224), (7, 50), (2,), pixels=True),
+    Case("stem_first", "bfloat16", 256, (224, 224), (6, 20), (2,), training=True),
+    Case("stem_conv", "bfloat16", 256, (112, 112), (20, 36), (2,), training=True),
+    Case("stem_conv", "bfloat16", 256, (224, 224), (13, 48), (2,)),
+    Case("stem_conv", "float16", 256, (56, 56), (191, 191), (1,)),
+    Case("stem_conv", "tf32", 256, (56, 56), (37, 101), (2,), training=True),
+    Case("stem_tokens", "bfloat16", 256, (14, 14), (36, 100), training=True),
+    # Statistics.
     Case("stem_statistics", "bfloat16", 256, (112, 112), (48,), training=True),
     Case("stem_affine", "bfloat16", 256, (112, 112), (48,), training=True),
 )

@@ -35,7 +35,7 @@ def _case(*fields: Any, training: bool = True, pixels: bool = False) -> Case:
     return Case(*fields, training=training, pixels=pixels, direction="backward")
 
 
-# At most 32 pairs of a kernel and a case.
+# At most 40 pairs of a kernel and a case.
 CASES = (
     # The later layers of ViT_C 1GF, 4GF, 18GF and 36GF, the last 1x1, and images.
     _case("stem_input_gradient", "bfloat16", 256, (112, 112), (24, 48), (2,)),
@@ -66,6 +66,13 @@ CASES = (
     _case("stem_image_gradient", "bfloat16", 256, (224, 224), (3, 48), (2,), training=False),
     _case("stem_image_gradient", "tf32", 256, (224, 224), (3, 48), (2,), pixels=True),
     _case("stem_image_gradient", "ieee", 256, (224, 224), (3, 48), (2,)),
+    # Channels that are no multiple of 8, and images of six.
+    _case("stem_input_gradient", "bfloat16", 256, (112, 112), (20, 36), (2,)),
+    _case("stem_input_gradient", "bfloat16", 256, (14, 14), (36, 100)),
+    _case("stem_input_gradient", "ieee", 256, (56, 56), (37, 101), (2,)),
+    _case("stem_weight_gradient", "bfloat16", 256, (112, 112), (20, 36), (2,)),
+    _case("stem_weight_gradient", "tf32", 256, (56, 56), (37, 101), (2,)),
+    _case("stem_image_gradient", "bfloat16", 256, (224, 224), (6, 20), (2,), pixels=True),
     # What lies between.
     _case("stem_raw_gradient", "bfloat16", 256, (112, 112), (48, 96), (2,)),
     _case("stem_norm_gradient", "bfloat16", 256, (112, 112), (48, 96), (2,)),
@@ -109,7 +116,7 @@ def _input(arch: str, case: Case) -> Any:
     stride, below, norm, dx = 1, None, None, _images(case)
     if case.strides:
         stride = case.strides[0]
-    if C > 4:
+    if not module("stem_configs").gathers(C):
         below, norm, dx = _map(case, 0), _norm(case, 0), _map(case, 0)
     module("stem_input_gradient").stem_input_gradient(
         _gradient(case), weight, stride, below, norm, 1e-5, dx, not case.training,

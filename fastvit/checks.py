@@ -18,6 +18,7 @@ from fastvit.reference.arguments import (
     check_images,
     check_normalization,
     check_probability,
+    untraced,
 )
 
 
@@ -66,6 +67,7 @@ def _check_device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
 
 
+@untraced
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "(B, H, N, d)", 4)
@@ -77,6 +79,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, autocast: bool) -> None:
         _check_device(name, x, q.device)
 
 
+@untraced
 def check_packed(name: str, x: Tensor, count: int) -> None:
     """One projection's output (B, N, count, H, d)."""
     shape = f"(B, N, {count}, H, d)"
@@ -86,6 +89,7 @@ def check_packed(name: str, x: Tensor, count: int) -> None:
         raise ValueError(f"{name}: expected {shape}, got shape {_shape(x)}")
 
 
+@untraced
 def check_gpsa(
     q: Tensor,
     k: Tensor,
@@ -167,6 +171,7 @@ def _check_projection(weight: Tensor, bias: Tensor | None, names: tuple[str, str
         _check_parameter(names[1], bias, (weight.shape[0],), "(D,)", weight.device)
 
 
+@untraced
 def check_patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -209,24 +214,42 @@ def _check_stage(i: int, stage: ConvStage, channels: int, device: torch.device) 
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
 
 
+def _check_momentum(momentum: float | Tensor, stages: int, device: torch.device) -> None:
+    if isinstance(momentum, Tensor):
+        _check_floating("momentum", momentum)
+        if momentum.shape not in ((), (stages,)):
+            raise ValueError(
+                f"momentum: expected shape () or (stages,) = ({stages},), got {_shape(momentum)}"
+            )
+        _check_device("momentum", momentum, device)
+    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum: expected a float or a tensor, got {momentum!r}")
+
+
+def check_process_group(group: torch.distributed.ProcessGroup | None) -> None:
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group: expected a ProcessGroup or None, got {group!r}")
+
+
+@untraced
 def check_conv_stem(
     x: Tensor,
     stages: Sequence[ConvStage],
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     pos_embed: Tensor | None,
     cls_token: Tensor | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     autocast: bool,
+    synchronized: bool,
 ) -> None:
     _check_projection(proj_weight, proj_bias, ("proj_weight", "proj_bias"))
     if not stages:
         raise ValueError("stages: expected at least one stage, got none")
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum: expected a float, got {momentum!r}")
+    _check_momentum(momentum, len(stages), proj_weight.device)
     first = stages[0].weight
     channels = first.shape[1] if isinstance(first, Tensor) and first.ndim == 4 else 0
     for i, stage in enumerate(stages):
@@ -244,7 +267,8 @@ def check_conv_stem(
     _check_shape(
         "proj_weight", proj_weight, (proj_weight.shape[0], channels, 1, 1), "(D, C_last, 1, 1)"
     )
-    if (training or stages[0].running_mean is None) and x.shape[0] * height * width == 1:
+    alone = (training or stages[0].running_mean is None) and not synchronized
+    if alone and x.shape[0] * height * width == 1:
         raise ValueError(
             "x: expected more than one value per channel to take batch statistics of, "
             f"got one in the last stage from shape {_shape(x)}"

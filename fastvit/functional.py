@@ -24,6 +24,7 @@ from fastvit.checks import (
     check_gpsa,
     check_packed,
     check_patch_embed,
+    check_process_group,
     check_qkv,
 )
 from fastvit.ops import conv_stem as _conv_stem
@@ -36,7 +37,7 @@ from fastvit.ops.conv_stem_torch import stage_shapes
 from fastvit.ops.library import autocast_dtype, autocast_enabled, plain_ops_wanted
 from fastvit.ops.tokens import unpack_heads
 from fastvit.reference import ConvStage
-from fastvit.reference.arguments import check_probability
+from fastvit.reference.arguments import check_probability, default_scale
 
 __all__ = [
     "ConvStage",
@@ -112,7 +113,7 @@ def gpsa_attention(
     check_gpsa(q, k, v, pos_weight, gating_param, grid_size, dropout_p, cast is not None)
     q, k, v = _cast(cast, q, k, v)
     asked = requested(backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
     if choose(_gpsa.call(q, grid_size, dropout_p), asked) == "reference" or plain_ops_wanted():
         return _plain(
             reference.gpsa_attention, q, k, v, pos_weight, gating_param, grid_size,
@@ -168,7 +169,7 @@ def gpsa_attention_qkpacked(
             scale=scale, dropout_p=dropout_p, backend=backend,
         )  # fmt: skip
     qk, v = _cast(cast, qk, v)
-    scale = qk.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(qk) if scale is None else float(scale)
     rows, columns = grid_size
     return _gpsa.gpsa_qkpacked(qk, v, pos_weight, gating_param, rows, columns, scale, asked)
 
@@ -211,7 +212,7 @@ def gpsa_attention_qkvpacked(
             scale=scale, dropout_p=dropout_p, backend=backend,
         )  # fmt: skip
     (qkv,) = _cast(cast, qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(qkv) if scale is None else float(scale)
     rows, columns = grid_size
     return _gpsa.gpsa_qkvpacked(qkv, pos_weight, gating_param, rows, columns, scale, asked)
 
@@ -247,7 +248,7 @@ def attention(
     check_qkv(q, k, v, cast is not None)
     check_probability("dropout_p", dropout_p)
     q, k, v = _cast(cast, q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q) if scale is None else float(scale)
     asked = requested(backend)
     if choose(_mhsa.call(q, dropout_p), asked) == "reference":
         return _plain(reference.attention, q, k, v, scale=scale, dropout_p=dropout_p)
@@ -280,7 +281,7 @@ def attention_qkvpacked(
         return attention(q, k, v, scale=scale, dropout_p=dropout_p, backend=backend)
     check_probability("dropout_p", dropout_p)
     (qkv,) = _cast(autocast_dtype(qkv), qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(qkv) if scale is None else float(scale)
     return _mhsa.mhsa_qkvpacked(qkv, scale, dropout_p, asked)
 
 
@@ -345,13 +346,14 @@ def conv_stem(
     proj_bias: Tensor | None = None,
     *,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     pos_embed: Tensor | None = None,
     cls_token: Tensor | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     backend: str | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Images to tokens by a convolutional stem (ViT_C, arXiv 2106.14881, section 3).
 
@@ -363,9 +365,15 @@ def conv_stem(
         proj_weight: (D, C_last, 1, 1).
         proj_bias: (D,) or None.
         training: normalise with the statistics of the batch, and move the running ones.
-        momentum: share of the batch in the new running statistics.
+        momentum: share of the batch in the new running statistics: a number, or a tensor () or
+            (stages,) where only the device knows it, as of a cumulative average.
         eps: added to the variances.
         pos_embed, cls_token, mean, std, backend: as in :func:`patch_embed`.
+        process_group: processes over whose batches, of any sizes and images, ``training`` takes
+            statistics and their part of the gradients, as ``torch.nn.SyncBatchNorm`` does, but on
+            processors too; gradients of parameters stay those of this process. All must make the
+            same calls, and all or none of them on the reference backend, which sends other
+            messages. None, or a group of one: this process alone.
 
     Returns:
         (B, N[+1], D) in the dtype of ``proj_weight`` (under autocast, the autocast dtype), with
@@ -374,7 +382,8 @@ def conv_stem(
     Raises:
         ValueError: shapes do not fit, a stride is neither 1 nor 2, there is one value per
             channel in training, or mean and std do not fit as in :func:`patch_embed`.
-        TypeError: a dtype is neither floating nor, for images, uint8; or dtypes differ.
+        TypeError: a dtype is neither floating nor, for images, uint8; dtypes differ; ``momentum``
+            is no number or ``process_group`` no group.
         RuntimeError: the backend that was asked for cannot run the call.
     """
     try:
@@ -382,36 +391,45 @@ def conv_stem(
     except TypeError as error:
         raise TypeError(f"stages: expected a sequence of ConvStage, got {stages!r}") from error
     cast = autocast_dtype(proj_weight)
+    check_process_group(process_group)
+    if process_group is not None and (not training or process_group.size() == 1):
+        process_group = None
     check_conv_stem(
         x, stages, proj_weight, proj_bias, training, momentum, pos_embed, cls_token, mean, std,
-        cast is not None,
+        cast is not None, process_group is not None,
     )  # fmt: skip
     x, proj_weight, proj_bias = _cast(cast, x, proj_weight, proj_bias)
     stages = [stage._replace(weight=_cast(cast, stage.weight)[0]) for stage in stages]
     asked = requested(backend)
-    call = _conv_stem.call(x, [stage.weight for stage in stages], proj_weight)
+    call = _conv_stem.call(x, proj_weight)
     if choose(call, asked) == "reference" or plain_ops_wanted():
         return _plain(
             reference.conv_stem, x, stages, proj_weight, proj_bias,
             training=training, momentum=momentum, eps=eps,
             pos_embed=pos_embed, cls_token=cls_token, mean=mean, std=std,
+            process_group=process_group,
         )  # fmt: skip
     weights, gammas, betas, means, variances, strides = map(list, zip(*stages, strict=True))
     tracked = means[0] is not None
     running = (*means, *variances) if tracked else ()
     training = training or not tracked
+    group = "" if process_group is None else process_group.group_name
     config = _conv_stem.Config(
-        tuple(strides), training, float(eps), _floats(mean), _floats(std), asked
+        tuple(strides), training, float(eps), _floats(mean), _floats(std), group, asked
     )
     tokens, *extra = _conv_stem.conv_stem(
         config, x, proj_weight, proj_bias, pos_embed, cls_token,
         *weights, *gammas, *betas, *(() if training else running),
     )  # fmt: skip
     if training and tracked:
-        shapes = stage_shapes(x, weights, strides)
+        n, shapes = len(stages), stage_shapes(x, weights, strides)
         counts = [B * height * width for B, _, height, width in shapes]
+        totals = extra[len(extra) - n :] if group else []
         # An empty batch leaves them alone, as PyTorch's batch norm does.
-        if counts[0] > 0:
-            batch = extra[-len(running) :]
-            _conv_stem.update_running_statistics(running, batch, counts, momentum)
+        if group or counts[0] > 0:
+            batch = extra[: len(extra) - len(totals)][-2 * n :]
+            number, shares = momentum, None
+            if isinstance(momentum, Tensor):
+                number, shares = 0.0, momentum.detach().expand(n)
+            _conv_stem.update_running_statistics(running, batch, counts, totals, number, shares)
     return tokens

@@ -35,14 +35,31 @@ def forward(p: Problem) -> tuple[tuple[str, Config], ...]:
         paired = pair(p.arch, p.arithmetic, images, *channels[:2])
     if paired is not None:
         found.append(("stem_pair", paired))
-    else:
+    elif gathers(images):
         found.append(("stem_first", first(p.arch, p.arithmetic, channels[0])))
+    else:
+        config = conv(p.arch, p.arithmetic, p.positions[0], images, channels[0], activates=False)
+        found.append(("stem_conv", config))
     for i in range(1 if paired is None else 2, len(channels)):
         before, after = channels[i - 1 : i + 1]
         config = conv(p.arch, p.arithmetic, p.positions[i], before, after, p.keeps)
         found.append(("stem_conv", config))
     last = tokens(p.arch, p.arithmetic, p.positions[-1], channels[-1], width, p.keeps)
     return *found, ("stem_tokens", last)
+
+
+def gathers(images: int) -> bool:
+    """Whether the first convolution reads images of ``images`` channels as they come, all nine taps
+    in one tile. Wider tiles would spill: such images are maps like those between the convolutions.
+    """
+    return images * 9 <= 64
+
+
+def aligned(*channels: int) -> bool:
+    """Whether channels are read 16 bytes at a time. Others come in shorter pieces, down to single
+    ones with a mask each, which takes more registers, so they get smaller tiles.
+    """
+    return all(count % 8 == 0 for count in channels)
 
 
 def first(arch: str, arithmetic: str, out: int) -> Config:
@@ -54,6 +71,9 @@ def first(arch: str, arithmetic: str, out: int) -> Config:
 def pair(arch: str, arithmetic: str, images: int, channels: int, out: int) -> Config | None:
     """The first two convolutions, to ``channels`` and to ``out``; None to run each by itself."""
     if arithmetic != "half" or channels > 64 or out > 128:
+        return None
+    # Both would spill at some widths.
+    if images > 4 or not aligned(channels, out):
         return None
     # Nine taps of four channels are more than a tile of 32.
     wide = images * 9 > 32
@@ -99,8 +119,10 @@ def _product(
 ) -> Config:
     if arithmetic == "ieee":
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(16,), warps=8, stages=2)
-    if arithmetic == "tf32":
+    if arithmetic == "tf32" and aligned(channels, out):
         return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(32,), stages=3)
+    if not aligned(channels, out):
+        return Config(rows=64, keys=_blocks(out, (64, 32)), channels=(32,), warps=8, stages=2)
     shared = arch in _FROM_SHARED_MEMORY
     keys = _blocks(out, sizes if shared else (128, 96, 64, 32))
     config = Config(rows=64, keys=keys, channels=_steps(arch, channels, activates), stages=3)

@@ -9,12 +9,15 @@ are the output and the input channels. ``groups`` are the programs that share th
 from __future__ import annotations
 
 from .configs import _FROM_SHARED_MEMORY, _MULTIPROCESSORS, Config, _power
+from .stem_configs import aligned
 
 
 def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training: bool) -> Config:
     """From ``out`` channels back to ``channels``."""
     shared = arch in _FROM_SHARED_MEMORY
-    if arithmetic == "half":
+    if arithmetic == "half" and not aligned(out, channels):
+        keys, depth, warps, stages = (32,), 32, 8, 2
+    elif arithmetic == "half":
         # The scale of fixed statistics takes registers, too.
         wide = shared and training and channels > 64
         keys = (64, 32) if wide and channels % 96 == 0 else (64, 64) if wide else (64,)
@@ -24,7 +27,8 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
     elif arithmetic == "tf32":
         keys, depth, warps, stages = (32,), 32, 8, 3
     else:
-        keys, depth, warps, stages = (32,), 16, 8, 2
+        # With single channels in flight for two steps it would spill.
+        keys, depth, warps, stages = (32,), 16, 8, 2 if aligned(out, channels) else 1
     if channels <= 32:
         keys = (_power(channels),)
     blocks = -(-channels // sum(keys))

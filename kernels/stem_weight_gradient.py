@@ -54,7 +54,8 @@ def stem_weight_gradient_kernel(
     i_in = tl.program_id(0) // (GROUPS * OUT_BLOCKS)
     o_in = i_in * INS + tl.arange(0, INS)
     o_out = i_out * OUTS + tl.arange(0, OUTS)
-    b_scale, b_shift = affine(gamma, beta, mean, variance, o_in, eps, C)
+    if gamma is not None:
+        b_scale, b_shift = affine(gamma, beta, mean, variance, o_in, eps, C)
 
     acc = ()
     for _ in tl.static_range(GROUP):
@@ -81,7 +82,8 @@ def stem_weight_gradient_kernel(
                 p_x = below + (tap // 3 * W + tap % 3) * C
             # [ROWS, INS]
             b_x = load_channels(p_x, o_below, m_x, i_in * INS, C, (INS,), DOT_F32)
-            b_x = activated(b_x, (b_scale,), (b_shift,), m_x)
+            if gamma is not None:
+                b_x = activated(b_x, (b_scale,), (b_shift,), m_x)
             sums = sums + (tl.dot(tl.trans(b_x[0]), b_g, acc[t], input_precision=PRECISION),)
         acc = sums
 
@@ -96,7 +98,7 @@ def stem_weight_gradient(grad, stride, taps, below, norm, eps, dtype, precision,
 
     grad is that of :func:`stem_input_gradient`; ``taps`` 9 or 1. ``below`` (B, C, H, W), channels
     innermost, is what the batch norm ``norm`` (weight, bias, mean, variance) read before this
-    convolution.
+    convolution; without a norm, what the convolution itself read.
     """
     B, C, H, W = below.shape
     (OH, OW), OUT = ((H, W), grad.shape[2]) if taps == 1 else (grad.shape[2:], grad.shape[1])
@@ -109,7 +111,7 @@ def stem_weight_gradient(grad, stride, taps, below, norm, eps, dtype, precision,
     each = triton.cdiv(tiles, config.groups)
     programs = triton.cdiv(tiles, each)
     partials = grad.new_empty(programs, C * taps, OUT, dtype=dtype)
-    gamma, beta, mean, variance = norm
+    gamma, beta, mean, variance = norm if norm is not None else (None,) * 4
     stem_weight_gradient_kernel[(blocks, programs)](
         grad=grad,
         below=below,

@@ -377,6 +377,16 @@ STEM_CASES = [
         ["std", "0"],
         id="std_of_zero",
     ),
+    pytest.param({"momentum": "0.1"}, TypeError, ["momentum", "'0.1'"], id="momentum"),
+    pytest.param(
+        {"momentum": torch.tensor(1)}, TypeError, ["momentum", "int64"], id="momentum_dtype"
+    ),
+    pytest.param(
+        {"momentum": torch.rand(3)}, ValueError, ["momentum", "(3,)"], id="momentum_shape"
+    ),
+    pytest.param(
+        {"process_group": 0}, TypeError, ["process_group", "ProcessGroup", "0"], id="process_group"
+    ),
     pytest.param(
         {"x": torch.randn(1, 3, 4, 4), "training": True},
         ValueError,

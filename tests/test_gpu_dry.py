@@ -105,6 +105,37 @@ def test_stems_are_compared_and_timed(tmp_path):
     assert "\n## Convolutional stem\n" in (out / "summary.md").read_text("utf-8")
 
 
+def test_choices_are_timed_and_make_a_table(tmp_path, monkeypatch):
+    """A table that the package reads, of the keys that it asks for."""
+    out = tmp_path / "out"
+    done = dry(out, "stem_choices")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = results(out)["stem_choices"]
+    calls = {case["call"]: case["contenders"] for case in stage["cases"]}
+    assert len(calls) == 9
+    layer = "train 8-16 s2 2^3"
+    assert calls["half train 3-8-16-16 s2-2 2^7"].keys() == {"kernels", "torch", f"half {layer}"}
+    assert all("median" in times for found in calls.values() for times in found.values())
+
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fastvit.ops import stem_choices
+
+    monkeypatch.setattr(stem_choices, "_FILE", out / "stem_choices.json")
+    arch = stage["cases"][0]["arch"]
+    stem_choices.choices(arch)
+    monkeypatch.syspath_prepend(str(BENCH))
+    choices = importlib.import_module("gpu.stem_choices")
+    slow, fast = {"q20": 2.0, "q80": 3.0}, {"q20": 1.0, "q80": 1.5}
+    case = {"arch": arch, "call": "ieee train 3-8-16-16 s2-2 2^7"}
+    case["contenders"] = {"kernels": slow, "torch": slow, f"ieee {layer}": fast}
+    other = {**case, "contenders": {"kernels": slow, "torch": fast}}
+    entry = choices.table({**stage, "cases": [case]})[arch]
+    assert (entry["cudnn"], entry["torch"]) == ([f"ieee {layer}"], [])
+    both = choices.table({**stage, "cases": [other, case]})[arch]
+    assert (both["cudnn"], both["torch"]) == ([f"ieee {layer}"], [])
+    assert choices.merged([out]).keys() == {arch}
+
+
 def test_a_stage_that_dies_costs_no_other(tmp_path):
     out = tmp_path / "out"
     done = dry(out, "machine", "ceilings", FASTVIT_GPU_FAIL="machine")

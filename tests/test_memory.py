@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastvit
+from fastvit import reference
 from fastvit.ops import gpsa_torch, mhsa_torch
 
 SIDE = 32
@@ -95,3 +96,59 @@ def test_the_stem_keeps_one_raw_tensor_a_stage() -> None:
     # Beside these, statistics of a few numbers a channel.
     assert image + raw <= kept_elements("torch") < image + 1.01 * raw
     assert kept_elements("reference") > image + 1.9 * raw
+
+
+#: Channels and D of ViT_C (arXiv 2106.14881), and the most that is kept of what eager keeps.
+KEPT = {
+    "1GF": ((24, 48, 96, 192), 192, 0.57),
+    "4GF": ((48, 96, 192, 384), 384, 0.54),
+    "18GF": ((64, 128, 128, 256, 256, 512), 768, 0.53),
+}
+
+
+def kept_bytes(stem: torch.nn.Module, x: torch.Tensor, autocast: bool) -> int:
+    """Of the storages that are kept for the backward. Without those of parameters and of their
+    copies under autocast, which either keeps and which do not grow with the batch.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in stem.parameters()}
+    shapes = {p.shape for p in stem.parameters() if p.ndim == 4}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and tensor.shape not in shapes:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        stem(x)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def kept_of_eager(size: str, B: int, side: int, *, autocast: bool, uint8: bool) -> float:
+    """What fastvit's stem keeps for its backward, of what PyTorch's modules keep in channels_last.
+
+    What a step keeps does not depend on the backend: the op's tensors are the same.
+    """
+    channels, D, _ = KEPT[size]
+    strides = (2, 2, 2, 2) if len(channels) == 4 else (2, 2, 1, 2, 1, 2)
+    statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    plain = reference.ConvStem(3, channels, strides, D, **statistics)
+    ours = fastvit.ConvStem(3, channels, strides, D, **statistics, backend="torch")
+    plain = plain.to(memory_format=torch.channels_last)
+    x = torch.randint(256, (B, 3, side, side), dtype=torch.uint8)
+    if not uint8:
+        x = (x / 255).contiguous(memory_format=torch.channels_last)
+    found, eager = (kept_bytes(stem, x, autocast) for stem in (ours, plain))
+    return found / eager
+
+
+@pytest.mark.parametrize("uint8", [False, True], ids=["float", "uint8"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("size", list(KEPT))
+def test_what_a_stem_keeps_of_what_eager_keeps(size: str, autocast: bool, uint8: bool) -> None:
+    share = kept_of_eager(size, 2, 128, autocast=autocast, uint8=uint8)
+    assert 0.4 < share <= KEPT[size][2], share

@@ -136,7 +136,8 @@ def test_the_wheel_publishes_one_name_with_everything_under_it(distributions, so
 
     package = {str(p.relative_to(source)) for p in (source / "fastvit").rglob("*.py")}
     kernels = {f"fastvit/{p.relative_to(source)}" for p in (source / "kernels").rglob("*.py")}
-    data = {"fastvit/py.typed", "fastvit/verified.json", "fastvit/benchmark/models.json"}
+    names = ("py.typed", "verified.json", "stem_choices.json", "benchmark/models.json")
+    data = {f"fastvit/{name}" for name in names}
     compiled = {name for name in held if re.fullmatch(r"fastvit/_C\.[^/]*\.so", name)}
     assert len(compiled) == 1
     published = {name for name in held if name.startswith("fastvit/")}

@@ -225,3 +225,18 @@ def test_tiny_variances_reach_the_running_statistics(dtype: torch.dtype) -> None
     raw = torch.nn.functional.conv2d(x.to(dtype).double(), conv, stride=2, padding=1)
     expected = raw.var((0, 2, 3))
     torch.testing.assert_close(half[0].bn.running_var.double(), expected, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("missing", [("bias",), ("weight", "bias")], ids="-".join)
+def test_a_batch_norm_without_bias(missing: tuple[str, ...]) -> None:
+    """The op wants both parameters, and PyTorch's batch norm may lack them."""
+    stem, images = (
+        fastvit.ConvStem(channels=(4, 8), strides=(2, 2), embed_dim=8),
+        torch.randn(2, 3, 16, 16),
+    )
+    for name in missing:
+        setattr(stem[1].bn, name, None)
+    expected = copy.deepcopy(stem)
+    expected.backend = "reference"
+    torch.testing.assert_close(stem(images), expected(images))
+    torch.testing.assert_close(stem[1].bn.running_var, expected[1].bn.running_var)

@@ -218,7 +218,7 @@ def test_a_gradient_of_a_gradient_is_refused_by_the_fused_backward() -> None:
             assert torch.autograd.grad(grad.sum(), q)[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "attention"])
+@pytest.mark.parametrize("name", CASES)
 def test_forward_mode_raises_instead_of_returning_zeros(name: str) -> None:
     case = CASES[name]()
     x, rest = case.inputs[0], case.inputs[1:]
@@ -384,7 +384,7 @@ def stem_sample(channels: tuple[int, ...], training: bool, save: bool) -> tuple[
     vectors = [[torch.rand(c) + 0.5 for c in channels[1:]] for _ in range(4)]
     lists = [weights, *vectors[:2], *([[], []] if training else vectors[2:])]
     strides = list(STRIDES)[: len(weights)]
-    return x, proj, bias, None, None, *lists, strides, training, 1e-5, None, None, save, "auto"
+    return x, proj, bias, None, None, *lists, strides, training, 1e-5, None, None, save, "", "auto"
 
 
 def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -463,11 +463,17 @@ def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "conv_stem_backward": (
             ops._conv_stem_backward,
             (torch.randn(2, 24, 5), *stem, raw, *stem_lists(True)[:3], *statistics,
-             list(STRIDES), True, *options, [True, True, True, False, False] + [True] * 6, "auto"),
+             list(STRIDES), True, *options, [True, True, True, False, False] + [True] * 6, "", [],
+             "auto"),
         ),
         "update_running_statistics": (
             ops._update_running_statistics,
-            ([torch.zeros(4), torch.ones(4)], [torch.randn(4), torch.rand(4)], [48], 0.1),
+            ([torch.zeros(4), torch.ones(4)], [torch.randn(4), torch.rand(4)], [48], [], 0.1, None),
+        ),
+        "update_running_statistics_on_the_device": (
+            ops._update_running_statistics,
+            ([torch.zeros(4), torch.ones(4)], [torch.randn(4), torch.rand(4)], [48],
+             [torch.tensor(96.0)], 0.0, torch.rand(1)),
         ),
     }  # fmt: skip
 

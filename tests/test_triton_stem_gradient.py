@@ -27,7 +27,7 @@ from fastvit.ops.conv_stem_torch import Stages
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MEAN, STD = (0.485, 0.1, 0.406, 0.5), (0.229, 0.224, 1.0, 0.3)
+MEAN, STD = (0.485, 0.1, 0.406, 0.5, 0.3), (0.229, 0.224, 1.0, 0.3, 0.2)
 EPS = 1e-5
 INPUTS = ("x", "proj_weight", "proj_bias", "pos_embed", "cls_token")
 LAUNCHERS = (
@@ -42,6 +42,9 @@ STEMS = [
     pytest.param((7, 5), 1, (24,), (1,), 16, id="grey_one_stage"),
     pytest.param((6, 10), 4, (40, 56), (1, 2), 72, id="four_channels"),
     pytest.param((17, 1), 2, (8, 16), (2, 2), 8, id="one_column"),
+    pytest.param((9, 13), 6, (5, 12, 20), (2, 1, 2), 30, id="odd_channels"),
+    pytest.param((5, 6), 5, (1, 67), (1, 2), 1, id="single_channels"),
+    pytest.param((7, 5), 10, (33, 30), (2, 1), 7, id="many_bands"),
 ]
 SMALL = ((9, 13), 3, (8, 16), (2, 2), 8)
 
@@ -149,13 +152,14 @@ def run(
     ]
     pixels: tuple[Any, Any] = (None, None)
     if p["x"].dtype == torch.uint8 and statistics:
-        pixels = MEAN[: p["x"].shape[1]], STD[: p["x"].shape[1]]
+        images = p["x"].shape[1]
+        pixels = (2 * MEAN)[:images], (2 * STD)[:images]
     inputs = [p.get(name) for name in INPUTS]
     options = training, EPS, *pixels
     stages = Stages(*lists, strides)
     # oneDNN's bfloat16 convolutions of images of one column are garbage (torch 2.15).
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        _, raw, means, variances = conv_stem_torch.forward(*inputs, stages, *options, True)
+        _, raw, means, variances, _ = conv_stem_torch.forward(*inputs, stages, *options, True)
         if change is not None:
             change(raw)
         kept = stages._replace(means=means, variances=variances)
@@ -179,6 +183,7 @@ def check(
     training: bool,
     *,
     rms: bool = False,
+    floors: dict[str, float] | None = None,
     **options: Any,
 ) -> None:
     """The numbers rule for every gradient; with ``rms`` for root mean squares alone."""
@@ -190,7 +195,7 @@ def check(
             (conv_stem_torch.backward, torch.float64),
         )
     ]
-    check_agreement(*columns, rms=tuple(columns[0][0]) if rms else ())
+    check_agreement(*columns, rms=tuple(columns[0][0]) if rms else (), floors=floors)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
@@ -207,15 +212,20 @@ def test_numbers(
         for seed in range(draws)
     ]
     rms = dtype != torch.float32
+    # The gradient of one number has no mean square, and it is a sum that cancels.
+    floor = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    floors = {
+        f"bn_{n}{i}": floor for n in ("weight", "bias") for i, c in enumerate(channels) if c == 1
+    }
     for batch in (1, 2):
         same = [p for p in problems if len(p["x"]) == batch]
         if same:
-            check(check_agreement, same, strides, training, rms=rms)
+            check(check_agreement, same, strides, training, rms=rms, floors=floors)
     n = len(channels)
     expected = {
         "stem_input_gradient": n + 1,
-        "stem_weight_gradient": n,
-        "stem_image_gradient": 1,
+        "stem_weight_gradient": n if images <= 7 else n + 1,
+        "stem_image_gradient": 1 if images <= 7 else 0,
         "stem_raw_gradient": n if training else 0,
         "stem_norm_gradient": n,
         "stem_weight_sum": n + 1,
@@ -245,7 +255,7 @@ def test_tiles_of_other_calls(arch: str, training: bool, on, monkeypatch, check_
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
 @pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "none"])
-@pytest.mark.parametrize("images", [1, 3, 4])
+@pytest.mark.parametrize("images", [1, 3, 4, 6, 9])
 def test_uint8(images: int, statistics: bool, training: bool, check_agreement) -> None:
     """The folded bias depends on the weight; forgetting that is an error of 2.5e-3."""
     problems = [problem((9, 13), images, (8, 16), (2, 2), 8, uint8=True, seed=i) for i in range(3)]

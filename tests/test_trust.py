@@ -288,6 +288,18 @@ def test_the_stem_proves_itself(gpu: Path, small_checks: None) -> None:
     assert list(trust.verified_here()) == keys
 
 
+@pytest.mark.parametrize(("images", "uint8"), [(1, False), (6, True), (9, True)])
+def test_any_channels_of_a_stem_prove_themselves(
+    images: int, uint8: bool, gpu: Path, small_checks: None
+) -> None:
+    layer = fastvit.ConvStem(images, (1, 12, 5), (2, 1, 2), 30)
+    x = torch.rand(2, images, 9, 13)
+    train_once(layer, x.mul(255).to(torch.uint8) if uint8 else x)
+    widths = f"c={images}-1-12-5-30,s=2-1-2"
+    assert [key.split("/")[5] for key in trust.verified_here()] == [widths] * 2
+    assert set(trust.verified_here().values()) == {""}
+
+
 @pytest.mark.parametrize(
     ("kernel", "mode"),
     [

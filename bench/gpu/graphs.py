@@ -15,6 +15,7 @@ from gpu.device import Device
 from gpu.patch_compare import images
 from gpu.patch_peers import Tokens
 from gpu.record import Record
+from gpu.stem_layers import our_layer, plain_layer, stem_images
 from gpu.timing import draws, first_line
 
 #: What a check says instead of passing, when this machine cannot make it.
@@ -46,7 +47,9 @@ def _checks() -> list[tuple[str, Check]]:
     checks: list[tuple[str, Check]] = [
         (_name(check), partial(check, make=_layer)) for check in layers
     ]
-    checks += [(_name(check), check) for check in (capture_dropout, far_offset, far_strides)]
+    checks += [
+        (_name(check), check) for check in (capture_dropout, far_offset, far_strides, far_maps)
+    ]
     for pixels in (torch.bfloat16, torch.uint8):
         prefix = f"patches of {str(pixels).removeprefix('torch.')}: "
         make = partial(_tokens, pixels=pixels)
@@ -230,7 +233,29 @@ def far_images(device: Device, pixels: torch.dtype) -> str | None:
     if not device.fits(size):
         return f"{_SKIPPED}{size / 2**30:.0f} GiB do not fit"
     problem = problem._replace(B=count)
-    layer, x = Tokens(device, problem, torch.bfloat16), images(device, problem, pixels)
+    _last_images(Tokens(device, problem, torch.bfloat16), images(device, problem, pixels))
+    return None
+
+
+def far_maps(device: Device) -> str | None:
+    """The same of a stem, the first of whose maps has more than 2**31 elements. Its statistics are
+    fixed, so that images have nothing to do with each other.
+    """
+    stem = device.plan.stems[0]
+    height, width = stem.size
+    largest = stem.channels[0] * height * width // stem.strides[0] ** 2
+    count = device.plan.far // largest + 3
+    # Images drawn in float32; sums of every stage, half of the one before, and their gradients.
+    size = count * (3 * height * width * 6 + 4 * largest * 2)
+    if not device.fits(size):
+        return f"{_SKIPPED}{size / 2**30:.0f} GiB do not fit"
+    layer = our_layer(plain_layer(device, stem, torch.bfloat16), "triton").eval()
+    _last_images(layer, stem_images(device, stem._replace(B=count), torch.bfloat16))
+    return None
+
+
+def _last_images(layer: torch.nn.Module, x: Tensor) -> None:
+    """The last two must give what they give by themselves."""
     out, near = layer(x), layer(x[-2:])
     cotangent = torch.zeros_like(out)
     cotangent[-2:] = near.detach()
@@ -239,7 +264,6 @@ def far_images(device: Device, pixels: torch.dtype) -> str | None:
         [out[-2:], *torch.autograd.grad(out, parameters, cotangent)],
         [near, *torch.autograd.grad(near, parameters, near.detach())],
     )
-    return None
 
 
 def _agree(device: Device, near: list[Tensor], far: list[Tensor]) -> str | None:

@@ -31,6 +31,7 @@ STAGES = (
     Stage("kernels", "kernels.json", 70, "fastvit at the same shapes"),
     Stage("patch_embed", "kernels.json", 80, "images to tokens: agreement, times with peers"),
     Stage("stem", "kernels.json", 80, "the convolutional stem: agreement, times with peers"),
+    Stage("stem_choices", "kernels.json", 40, "which layers of the stem cuDNN does faster"),
     Stage("models", "models.json", 50, "ConViT against DeiT"),
 )
 
@@ -40,6 +41,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 FILES = (
     *dict.fromkeys(stage.file for stage in STAGES),
     "verified.json",
+    "stem_choices.json",
     "summary.md",
     "summary.svg",
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.ops.backend import Call, requested
+from fastvit.ops.library import plain_ops_wanted
 
 
 class Setting(NamedTuple):
@@ -58,7 +59,8 @@ class Accelerated(nn.Module):
         if not (isinstance(x, Tensor) and x.ndim == ndim and x.is_floating_point()):
             return False
         self._refuse_gradients(x)
-        return requested(self._fastvit.backend) != "reference"
+        # A trace of plain operators is best the library's own.
+        return requested(self._fastvit.backend) != "reference" and not plain_ops_wanted()
 
     @classmethod
     def _announce(cls, adapted: type[nn.Module], original: type[nn.Module]) -> None:

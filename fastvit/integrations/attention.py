@@ -89,7 +89,9 @@ class AcceleratedAttention(Accelerated):
         masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
         if masked or not self._serves(x, 3) or self._refusal(self) is not None:
             return super().forward(x, *args, **kwargs)
-        return mhsa.fused_mhsa(self, x, self._backend)
+        # timm gives its scale to its own arithmetic, and not to PyTorch's.
+        scale = None if getattr(self, "fused_attn", False) else self.scale
+        return mhsa.fused_mhsa(self, x, scale, self._backend)  # type: ignore[arg-type]
 
 
 _IDENTITY = nn.Identity()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastvit.integrations.embedding import AcceleratedEmbedding
 from fastvit.layers.children import is_plain
 from fastvit.layers.conv_stem import Stage, fused_conv_stem, is_fusible, stem_parts
-from fastvit.ops.backend import Call
 from fastvit.ops.conv_stem_torch import Folded, Stages, fold, infer_folded
 from fastvit.ops.library import autocast_dtype
 from fastvit.reference import assemble_tokens, stage_grids
@@ -52,12 +51,6 @@ class AcceleratedStem(AcceleratedEmbedding):
                 "layers"
             )
         return None
-
-    @classmethod
-    def _call(cls, module: nn.Module) -> Call:
-        stages, projection = stem_parts(module)
-        widths = (stages[0][0].in_channels, *(c.out_channels for c, _ in stages))
-        return super()._call(module)._replace(widths=(*widths, projection.out_channels))
 
     def _parts(self) -> _Parts | None:
         """The layers, found again only after a replacement: the walk takes longer than the checks.
@@ -151,7 +144,7 @@ def _norm_classes(stages: list[Stage]) -> tuple[type[nn.BatchNorm2d], ...] | str
     found = []
     for _, norm in stages:
         kind = type(norm)
-        if kind is nn.BatchNorm2d:
+        if kind in (nn.BatchNorm2d, nn.SyncBatchNorm):
             continue
         if f"{kind.__module__}.{kind.__qualname__}" != _NORM_ACT:
             return f"a {kind.__qualname__} of {kind.__module__} in the place of a BatchNorm2d"

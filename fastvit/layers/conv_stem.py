@@ -11,12 +11,22 @@ from fastvit import reference
 from fastvit.functional import conv_stem
 from fastvit.layers.children import is_plain
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
+from fastvit.ops.library import plain_ops_wanted
+from fastvit.ops.tokens import wide
 from fastvit.reference import ConvStage
 
+#: A 3x3 convolution and its batch norm, which may be a SyncBatchNorm.
+Stage = tuple[nn.Conv2d, nn.BatchNorm2d]
 
-class ConvStem(reference.ConvStem):
-    __doc__ = with_backend(reference.ConvStem)
+
+class ConvStem(Leaf, reference.ConvStem):
+    __doc__ = f"""{with_backend(reference.ConvStem)}
+Batch norms that ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` has converted share their
+statistics in training, on processors too (where PyTorch's own module refuses, and
+``DistributedDataParallel`` wants the conversion after the wrapping).
+"""
 
     def __init__(
         self,
@@ -55,8 +65,8 @@ class ConvStem(reference.ConvStem):
 
         Args:
             module: a ``ConvStem`` of ours or timm's, torchvision's ``conv_proj`` or any
-                Sequential of 3x3 Conv2d (padding 1, no bias), BatchNorm2d, ReLU, repeated, and a
-                1x1 Conv2d with bias. It keeps working.
+                Sequential of 3x3 Conv2d (padding 1, no bias), BatchNorm2d (or SyncBatchNorm),
+                ReLU, repeated, and a 1x1 Conv2d with bias. It keeps working.
             kwargs: ``flatten``, ``mean``, ``std`` and ``backend``.
 
         Raises:
@@ -76,6 +86,10 @@ class ConvStem(reference.ConvStem):
         )
         for stage, conv, norm in zip(layer.stages, convolutions, norms, strict=True):
             stage.conv = conv
+            if isinstance(norm, nn.SyncBatchNorm):
+                stage.bn = nn.SyncBatchNorm(  # type: ignore[assignment]
+                    norm.num_features, process_group=norm.process_group, device="meta"
+                )
             _share_norm(stage.bn, norm)
         layer.projection.conv = projection
         # Not by train(), which would wake frozen batch norms.
@@ -83,19 +97,27 @@ class ConvStem(reference.ConvStem):
             part.training = module.training
         return layer
 
+    def _fusible(self) -> bool:
+        *stages, projection = self
+        return (
+            all(is_plain(stage, reference.ConvBNReLU) for stage in stages)
+            and is_plain(projection, reference.Projection)
+            and is_fusible(self._layers(), self.projection.conv)
+        )
+
+    def _layers(self) -> list[Stage]:
+        return [(stage.conv, stage.bn) for stage in self.stages]
+
     def forward(self, x: Tensor) -> Tensor:
-        stages = [(stage.conv, stage.bn) for stage in self.stages]
-        conv = self.projection.conv
-        if requested(self.backend) == "reference" or not (
-            all(is_plain(stage, reference.ConvBNReLU) for stage in self.stages)
-            and is_plain(self.projection, reference.Projection)
-            and is_fusible(stages, conv)
-        ):
+        if (node := fx_node(self, x)) is not None:
+            return node
+        if requested(self.backend) == "reference" or not self._fusible() or plain_ops_wanted():
             return super().forward(x)
+        stages = self._layers()
         raw = x.dtype == torch.uint8
         tokens = fused_conv_stem(
             stages,
-            conv,
+            self.projection.conv,
             x,
             mean=self.mean if raw else None,
             std=self.std if raw else None,
@@ -105,9 +127,6 @@ class ConvStem(reference.ConvStem):
             return tokens
         grids = reference.stage_grids(x.shape[-2:], [conv.stride[0] for conv, _ in stages])
         return tokens.transpose(1, 2).unflatten(2, grids[-1])
-
-
-Stage = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
 def is_fusible(
@@ -125,16 +144,22 @@ def is_fusible(
     for conv, norm in stages:
         if not is_plain(conv, nn.Conv2d):
             return False
-        if not (is_plain(norm, nn.BatchNorm2d, *norms) and norm.affine):
+        if not is_plain(norm, *_NORMS, *norms):
+            return False
+        # PyTorch's may lack both, or the bias alone.
+        if norm._parameters["weight"] is None or norm._parameters["bias"] is None:
             return False
     first, *others = (
         (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for _, norm in stages
     )
-    # momentum=None takes a cumulative average. Buffers that are not tracked are left alone.
+    group, *groups = (_process_group(norm) for _, norm in stages)
+    tracked = [norm for _, norm in stages if norm.running_mean is not None]
+    # Buffers that are not tracked are left alone, and so is a cumulative average uncounted.
     return (
-        first[2] is not None
-        and all(options == first for options in others)
-        and all(norm.track_running_stats or norm.running_mean is None for _, norm in stages)
+        all(options == first for options in others)
+        and all(other is group for other in groups)
+        and all(norm.track_running_stats for norm in tracked)
+        and (first[2] is not None or all(n.num_batches_tracked is not None for n in tracked))
     )
 
 
@@ -147,21 +172,21 @@ def fused_conv_stem(
     """Tokens (B, N[+1], D) of a stem of which :func:`is_fusible` holds, with what its batch norms
     do in training. ``options`` are those of :func:`fastvit.functional.conv_stem`.
     """
-    first = stages[0][1]
-    # is_fusible has ruled out the None of a cumulative average.
-    momentum = cast(float, first.momentum)
+    norms = [norm for _, norm in stages]
+    first = norms[0]
     tokens = conv_stem(
         x,
         [_stage(conv, norm) for conv, norm in stages],
         projection.weight,
         projection.bias,
         training=first.training,
-        momentum=momentum,
+        momentum=_momentum(norms),
         eps=first.eps,
+        process_group=_process_group(first),
         **options,
     )
     if first.training:
-        for _, norm in stages:
+        for norm in norms:
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
     return tokens
@@ -171,6 +196,31 @@ def _stage(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvStage:
     return ConvStage(
         conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.stride[0]
     )
+
+
+def _process_group(norm: nn.Module) -> torch.distributed.ProcessGroup | None:
+    """The processes over which a batch norm takes its statistics now; None if it is this one."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    group = norm.process_group
+    if group is None:
+        group = torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _momentum(norms: Sequence[nn.BatchNorm2d]) -> float | Tensor:
+    """The share of the next batch in running statistics; of a cumulative average (stages,), and
+    known to the device only.
+    """
+    momentum, mean = norms[0].momentum, norms[0].running_mean
+    if momentum is not None:
+        return momentum
+    if mean is None or not norms[0].training:
+        return 0.0
+    counts = torch.stack([cast(Tensor, norm.num_batches_tracked) for norm in norms]) + 1
+    return counts.to(wide(mean.dtype)).reciprocal()
 
 
 def _share_norm(target: nn.BatchNorm2d, source: nn.BatchNorm2d) -> None:
@@ -203,9 +253,9 @@ def stem_parts(
     stages: list[Any] = list(zip(*[iter(body)] * 3, strict=True))
     for i, (conv, norm, activation) in enumerate(stages):
         misfit = _misfit(conv, kernel_size=3, strides=(1, 2), bias=False)
-        for layer, kind in ((norm, nn.BatchNorm2d), (activation, nn.ReLU)):
-            if not isinstance(layer, kind):
-                misfit = misfit or f"a {type(layer).__name__} in the place of a {kind.__name__}"
+        for layer, kinds in ((norm, _NORMS), (activation, (nn.ReLU,))):
+            if not isinstance(layer, kinds):
+                misfit = misfit or f"a {type(layer).__name__} in the place of a {kinds[0].__name__}"
         if not getattr(norm, "affine", True):
             misfit = misfit or "a batch norm with affine=False"
         if misfit:
@@ -216,7 +266,8 @@ def stem_parts(
     return [(conv, norm) for conv, norm, _ in stages], cast(nn.Conv2d, projection)
 
 
-_STEM_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_STEM_LAYERS = (nn.Conv2d, *_NORMS, nn.ReLU)
 
 
 def _is_foreign(module: nn.Module) -> bool:

@@ -11,11 +11,13 @@ from fastvit import reference
 from fastvit.functional import gpsa_attention_qkpacked, gpsa_attention_qkvpacked
 from fastvit.layers.children import dropout_rate, is_plain, project, stacked_projection
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
+from fastvit.ops.library import plain_ops_wanted
 from fastvit.reference.arguments import check_tokens
 
 
-class GPSA(reference.GPSA):
+class GPSA(Leaf, reference.GPSA):
     __doc__ = with_backend(reference.GPSA)
 
     def __init__(
@@ -85,8 +87,12 @@ class GPSA(reference.GPSA):
         return layer.train(module.training)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
+        if (node := fx_node(self, x, grid_size)) is not None:
+            return node
         check_tokens(x, self.dim)
-        if requested(self.backend) == "reference" or not is_fusible(self):
+        # The zeros of the bias would be in a trace, and not in PyTorch's check of it, which has no
+        # gradients.
+        if requested(self.backend) == "reference" or not is_fusible(self) or plain_ops_wanted():
             return super().forward(x, grid_size)
         grid = self.resolve_grid_size(x.shape[1], grid_size)
         return fused_gpsa(self, x, grid, self.backend)

@@ -10,11 +10,12 @@ from fastvit import reference
 from fastvit.functional import attention_qkvpacked
 from fastvit.layers.children import dropout_rate, is_plain, project
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
 from fastvit.reference.arguments import check_tokens
 
 
-class MHSA(reference.MHSA):
+class MHSA(Leaf, reference.MHSA):
     __doc__ = with_backend(reference.MHSA)
 
     def __init__(
@@ -36,10 +37,12 @@ class MHSA(reference.MHSA):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (node := fx_node(self, x)) is not None:
+            return node
         if requested(self.backend) == "reference" or not is_fusible(self):
             return super().forward(x)
         check_tokens(x, self.dim)
-        return fused_mhsa(self, x, self.backend)
+        return fused_mhsa(self, x, self.scale, self.backend)
 
 
 def is_fusible(layer: Any) -> bool:
@@ -47,13 +50,13 @@ def is_fusible(layer: Any) -> bool:
     return is_plain(layer.attn_drop, nn.Dropout, nn.Identity)
 
 
-def fused_mhsa(layer: Any, x: Tensor, backend: str | None) -> Tensor:
+def fused_mhsa(layer: Any, x: Tensor, scale: float | None, backend: str | None) -> Tensor:
     """The forward of an attention layer, ours or another library's, on ``x`` (B, N, dim)."""
     B, N, _ = x.shape
     qkv = project(layer.qkv, x)
     out = attention_qkvpacked(
         qkv.reshape(B, N, 3, layer.num_heads, qkv.shape[-1] // (3 * layer.num_heads)),
-        scale=layer.scale,
+        scale=scale,
         dropout_p=dropout_rate(layer.attn_drop),
         backend=backend,
     )

@@ -10,10 +10,11 @@ from fastvit import reference
 from fastvit.functional import patch_embed
 from fastvit.layers.children import is_plain
 from fastvit.layers.documentation import with_backend
+from fastvit.layers.tracing import Leaf, fx_node
 from fastvit.ops.backend import checked, requested
 
 
-class PatchEmbed(reference.PatchEmbed):
+class PatchEmbed(Leaf, reference.PatchEmbed):
     __doc__ = with_backend(reference.PatchEmbed)
 
     def __init__(
@@ -54,6 +55,8 @@ class PatchEmbed(reference.PatchEmbed):
         self.backend = None if backend is None else checked(backend)
 
     def forward(self, images: Tensor) -> Tensor:
+        if (node := fx_node(self, images)) is not None:
+            return node
         if requested(self.backend) == "reference" or not is_plain(self.proj, nn.Conv2d):
             return super().forward(images)
         images = self._pad(images)

@@ -68,6 +68,22 @@ class TokenClassifier(nn.Module):
         """Images (B, C, H, W) to the tokens that enter the first block (B, N, embed_dim)."""
         raise NotImplementedError
 
+    def _init_weights(self) -> None:
+        """Initialise what the model's scheme sets otherwise than PyTorch's layers do."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Initialise every parameter and statistic anew, with the bits of the constructor for the
+        same seed: after ``to_empty`` of a model that was built on the meta device.
+        """
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        if isinstance(self.head, nn.Linear):
+            self._init_head(self.head)
+        self._init_weights()
+
     def _init_head(self, head: nn.Linear) -> None:
         """Initialise a new classifier as the model's scheme says."""
         raise NotImplementedError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.layers import ConvStem
-from fastvit.reference.arguments import pair
+from fastvit.layers.tracing import Leaf, fx_node
+from fastvit.reference.arguments import pair, untraced
 
 
 class Geometry(NamedTuple):
@@ -40,7 +41,7 @@ def divide_image(img_size: int | Sequence[int], patch_size: int | Sequence[int])
     return Geometry(image, patch, (image[0] // patch[0], image[1] // patch[1]))
 
 
-class ConvStemEmbed(nn.Module):
+class ConvStemEmbed(Leaf, nn.Module):
     """ViT_C's convolutional stem in the place of a patch embedding (arXiv 2106.14881 §3).
 
     The stem is the child ``backbone``, so that the keys equal those of timm's ``HybridEmbed``
@@ -91,9 +92,15 @@ class ConvStemEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (B, in_chans, H, W) as tokens (B, N, embed_dim)."""
+        if (node := fx_node(self, x)) is not None:
+            return node
+        self._check_size(x)
+        return self.backbone(x)
+
+    @untraced
+    def _check_size(self, x: Tensor) -> None:
         if x.ndim != 4 or tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"images: expected (B, C, {self.img_size[0]}, {self.img_size[1]}), the size that "
                 f"the model was built for, got shape {tuple(x.shape)}"
             )
-        return self.backbone(x)

@@ -143,14 +143,17 @@ class VisionTransformer(TokenClassifier):
         self.norm = nn.Identity() if norm_after_pool else norm
         self.fc_norm = norm if norm_after_pool else nn.Identity()
         self._set_head(num_classes, drop_rate)
-        if weight_init == "deit":
-            self._init_deit()
-        else:
-            self._init_early_convs()
+        self._init_weights()
 
     def _embed(self, x: Tensor) -> Tensor:
         x = self._prepend_class_token(self.patch_embed(x))
         return self.pos_drop(x + self.pos_embed)
+
+    def _init_weights(self) -> None:
+        if self.weight_init == "deit":
+            self._init_deit()
+        else:
+            self._init_early_convs()
 
     def _init_deit(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)

@@ -26,7 +26,6 @@ PREFERENCE = ("native", "triton", "torch", "reference")
 #: What the kernels take.
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_SIDE = 64
-_TRITON_IMAGE_CHANNELS = 4
 
 
 class Call(NamedTuple):
@@ -39,8 +38,6 @@ class Call(NamedTuple):
     #: Channels of a head, and the sides of the grid; None in a question about any call.
     channels: int | None = None
     grid_size: tuple[int, int] | None = None
-    #: Channels of the images and of the stem's stages, and D; None in a question about any call.
-    widths: tuple[int, ...] | None = None
 
 
 def nearest(name: str, names: Iterator[str] | tuple[str, ...] | list[str]) -> str:
@@ -151,7 +148,7 @@ def _triton_refusal(call: Call) -> str | None:
     if call.op == "mhsa" and call.dropout_p > 0.0:
         return f"dropout ({call.dropout_p}) of plain attention is left to PyTorch's own kernels"
     tensors = "weight is" if call.op == "conv_stem" else "tokens are"
-    reason = _dtype_refusal(call, "Triton kernels", tensors) or _widths_refusal(call)
+    reason = _dtype_refusal(call, "Triton kernels", tensors)
     if reason is not None:
         return reason
     # Not as membership of a range, which a trace with symbolic sizes cannot ask.
@@ -164,21 +161,6 @@ def _triton_refusal(call: Call) -> str | None:
         rows, columns = call.grid_size
         return f"the Triton kernels take grids up to 64 x 64, and this one is {rows} x {columns}"
     return _triton_absence(call.device.type, call.device.index)
-
-
-def _widths_refusal(call: Call) -> str | None:
-    if call.widths is None:
-        return None
-    images, *widths = call.widths
-    if images > _TRITON_IMAGE_CHANNELS:
-        return f"the Triton kernels take images of 1 to 4 channels, and these have {images}"
-    odd = [width for width in widths if width % 8 != 0]
-    if odd:
-        return (
-            "the Triton kernels take stages and tokens whose channels are a multiple of 8, "
-            f"and there are some of {', '.join(map(str, odd))}"
-        )
-    return None
 
 
 def _triton_absence(device_type: str, index: int | None) -> str | None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.ops.batch_statistics import exchanged, pooled, synchronized
 from fastvit.ops.library import picked
 from fastvit.ops.linear import linear
 from fastvit.ops.tokens import assemble, token_gradients, wide
@@ -179,50 +180,59 @@ def _batch_statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
     ``torch.var_mean`` along this axis, and the one pass of its batch norm costs a digit. An empty
     batch gives NaN, as PyTorch's does.
     """
-    parts = []
+    dtype, parts = wide(raw.dtype), []
     for (rows,) in _chunks(raw):
-        mean = rows.mean(0)
+        mean = rows.mean(0, dtype=dtype)
         parts.append((rows.shape[0], mean, (rows - mean).square_().sum(0)))
     if len(parts) == 1:
         ((count, mean, square),) = parts
         return mean, square / count
     counts, means, squares = zip(*parts, strict=True)
-    weights = torch.tensor(counts, dtype=raw.dtype, device=raw.device)[:, None] / sum(counts)
-    stacked = torch.stack(means)
-    mean = (weights * stacked).sum(0)
-    between = (weights * (stacked - mean).square()).sum(0)
-    return mean, torch.stack(squares).sum(0) / sum(counts) + between
+    sizes = torch.tensor(counts, dtype=dtype, device=raw.device)[:, None]
+    _, mean, variance = pooled(sizes, torch.stack(means), torch.stack(squares))
+    return mean, variance
+
+
+def _values(raw: Tensor) -> int:
+    """How many values a channel of (B, C, H, W) has."""
+    return raw.numel() // raw.shape[1]
 
 
 def _normalize_batch(
-    raw: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """relu(batch_norm(raw)), and the statistics of the batch that it used (biased variance)."""
+    raw: Tensor, gamma: Tensor, beta: Tensor, eps: float, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """relu(batch_norm(raw)), the statistics of the batch that it used (biased variance), and how
+    many values they are of where a ``group`` of processes has its parts.
+    """
     dtype = wide(raw.dtype)
-    if raw.dtype == dtype or raw.numel() == 0:
-        mean, variance = _batch_statistics(raw.to(dtype))
-        return _normalize(raw, gamma, beta, mean, variance, eps), mean, variance
+    if group or raw.dtype == dtype or raw.numel() == 0:
+        total = None
+        mean, variance = _batch_statistics(raw)
+        if group:
+            total, mean, variance = synchronized(_values(raw), mean, variance, group)
+        return _normalize(raw, gamma, beta, mean, variance, eps), mean, variance, total
     # PyTorch's kernel sums half precision in float32. Its rstd would give tiny variances back
     # without a digit; with momentum 1 the running statistics are those of the batch.
     mean, unbiased = (torch.zeros_like(gamma, dtype=dtype) for _ in range(2))
     out, *_ = torch.native_batch_norm(
         raw, gamma.to(dtype), beta.to(dtype), mean, unbiased, True, 1.0, eps
     )
-    count = raw.numel() // raw.shape[1]
-    return out.relu_(), mean, unbiased * ((count - 1) / count)
+    count = _values(raw)
+    return out.relu_(), mean, unbiased * ((count - 1) / count), None
 
 
 class Forward(NamedTuple):
     """The tokens, and what the backward and the running statistics need.
 
-    ``means`` and ``variances`` are those that the batch norms used; they and ``raw`` are empty
-    where nothing needs them.
+    ``means`` and ``variances`` are those that the batch norms used, ``counts`` () of how many
+    values in a group of processes; they and ``raw`` are empty where nothing needs them.
     """
 
     tokens: Tensor
     raw: list[Tensor]
     means: list[Tensor]
     variances: list[Tensor]
+    counts: list[Tensor]
 
 
 def forward(
@@ -237,11 +247,13 @@ def forward(
     mean: Floats,
     std: Floats,
     save: bool,
+    group: str = "",
 ) -> Forward:
     x = channels_last(normalize_images(x, mean, std, proj_weight.dtype))
     raw: list[Tensor] = []
     means: list[Tensor] = []
     variances: list[Tensor] = []
+    counts: list[Tensor] = []
     if not (training or save):
         x = _infer(x, stages, eps)
     else:
@@ -252,7 +264,9 @@ def forward(
             y = channels_last(_convolution(x, weight, None, stride))
             del x
             if training:
-                x, mean_i, variance_i = _normalize_batch(y, gamma, beta, eps)
+                x, mean_i, variance_i, count = _normalize_batch(y, gamma, beta, eps, group)
+                if count is not None:
+                    counts.append(count)
             else:
                 mean_i, variance_i = _copied(stages.means[i]), _copied(stages.variances[i])
                 x = _normalize(y, gamma, beta, mean_i, variance_i, eps)
@@ -261,7 +275,7 @@ def forward(
             if save:
                 raw.append(y)
     tokens = linear(_token_rows(x), proj_weight.flatten(1), proj_bias)
-    return Forward(assemble(tokens, pos_embed, cls_token), raw, means, variances)
+    return Forward(assemble(tokens, pos_embed, cls_token), raw, means, variances, counts)
 
 
 def _token_rows(x: Tensor) -> Tensor:
@@ -283,6 +297,8 @@ def backward(
     mean: Floats,
     std: Floats,
     wanted: Sequence[bool],
+    group: str = "",
+    counts: Tensors = (),
 ) -> list[Tensor]:
     image = channels_last(normalize_images(x, mean, std, proj_weight.dtype))
     dtokens, dpos, dcls = token_gradients(grad, pos_embed, cls_token)
@@ -318,7 +334,7 @@ def backward(
         del dy, y
         draw, dgamma, dbeta = _batch_norm_backward(
             dz, raw[i], stages.bn_weights[i], stages.means[i], stages.variances[i],
-            training, eps,
+            training, eps, group, counts[i] if group else _values(raw[i]),
         )  # fmt: skip
         y = activation(i - 1)
         weight, dtype = stages.weights[i], stages.weights[i].dtype
@@ -350,15 +366,23 @@ def _batch_norm_backward(
     variance: Tensor,
     training: bool,
     eps: float,
+    group: str,
+    count: Tensor | int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the raw tensor, of gamma and of beta; may overwrite ``dz``."""
+    """Gradients of the raw tensor, of gamma and of beta; may overwrite ``dz``. Statistics of the
+    batch are of ``count`` values in ``group``, or here; the last two are the sums of this process.
+    """
     dtype = wide(raw.dtype)
     mean, gamma = mean.to(dtype), gamma.to(dtype)
+    # Of dz and of dz (raw - mean).
+    sums = mean.new_zeros(2, mean.shape[0])
     if raw.numel() == 0:
         # Without values the statistics are NaN, and PyTorch's kernel divides by zero.
+        if group:
+            exchanged(sums.flatten(), group)
         return dz, torch.zeros_like(mean), torch.zeros_like(mean)
     rstd = torch.rsqrt(variance.to(dtype) + eps)
-    if raw.dtype != dtype:
+    if raw.dtype != dtype and not group:
         # PyTorch's kernel sums half precision in float32.
         return torch.ops.aten.native_batch_norm_backward(
             dz, raw, gamma, mean, variance.to(dtype), mean, rstd, training, eps, [True, True, True]
@@ -366,16 +390,19 @@ def _batch_norm_backward(
     # In channels_last that kernel adds up row by row, which in float32 costs a digit (2e-6 where
     # this makes 2e-7, for 48 channels of 2 x 112 x 112 values).
     dz = channels_last(dz)
-    dgamma, dbeta = torch.zeros_like(mean), torch.zeros_like(mean)
     for d, x in _chunks(dz, raw):
-        dbeta += d.sum(0)
-        dgamma += (x - mean).mul_(d).sum(0)
-    dgamma *= rstd
+        sums[0] += d.sum(0, dtype=dtype)
+        sums[1] += (x - mean).mul_(d).sum(0)
+    dbeta, dgamma = sums[0].clone(), sums[1] * rstd
     scale = gamma * rstd
     if not training:
         return dz.mul_(scale[:, None, None]), dgamma, dbeta
-    count = raw.numel() // raw.shape[1]
-    slope, shift = -scale * rstd * dgamma / count, -scale * dbeta / count
+    if group:
+        sums = exchanged(sums.flatten(), group).sum(0).view_as(sums)
+    shift, slope = -scale * sums / count
+    slope *= rstd.square()
     for d, x in _chunks(dz, raw):
-        d.mul_(scale).addcmul_(x - mean, slope).add_(shift)
+        # In float32, and rounded once.
+        w = d.to(dtype).mul_(scale).addcmul_(x - mean, slope).add_(shift)
+        d.copy_(w)
     return dz, dgamma, dbeta

@@ -16,16 +16,20 @@ from torch import Tensor
 from fastvit.kernels import stem_gradient_configs as configs
 from fastvit.kernels.configs import Config
 from fastvit.kernels.stem_blocks import within_reach
+from fastvit.kernels.stem_configs import gathers
 from fastvit.kernels.stem_image_gradient import stem_image_gradient
 from fastvit.kernels.stem_input_gradient import stem_input_gradient
 from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
 from fastvit.kernels.stem_sums import stem_norm_gradient, stem_weight_sum
 from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
+from fastvit.ops import conv_stem_torch
+from fastvit.ops.batch_statistics import exchanged
 from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
 from fastvit.ops.gpsa_triton import architecture, precision
 from fastvit.ops.library import picked
 from fastvit.ops.tokens import gradient_of, wide
 from fastvit.ops.uint8_fold import fold_numbers
+from fastvit.reference import normalize_images
 
 
 class _Setting(NamedTuple):
@@ -67,9 +71,17 @@ def backward(
     mean: Floats,
     std: Floats,
     wanted: Sequence[bool],
+    group: str = "",
+    counts: Tensors = (),
 ) -> list[Tensor]:
     """What :func:`fastvit.ops.conv_stem_torch.backward` gives."""
     depth, raw = len(raw), [channels_last(y) for y in raw]
+    if group and grad.numel() == 0:
+        # Nothing to launch, but other processes wait for this one.
+        return conv_stem_torch.backward(
+            grad, x, proj_weight, proj_bias, pos_embed, cls_token, raw, stages, training, eps,
+            mean, std, wanted, group, counts,
+        )  # fmt: skip
     if grad.numel() == 0:
         learned = (*stages.weights, *stages.bn_weights, *stages.bn_biases)
         tensors = (x, proj_weight, proj_bias, pos_embed, cls_token, *learned)
@@ -104,8 +116,10 @@ def backward(
             dgammas[i], dbetas[i] = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
             count = raw[i].numel() // raw[i].shape[1]
             k = stem_norm_gradient(partials, norm, eps, count, dgammas[i], dbetas[i])
+            if group:
+                k = _synchronized(partials, norm, eps, group, counts[i])
             above = (raw[i], k) if training else None
-            if training and (i or wanted[0]):
+            if training and (i or wanted[0] or not gathers(x.shape[1])):
                 # Else the one kernel that reads it makes it by itself.
                 config = configs.raw_gradient(raw[i].shape[1])
                 stem_raw_gradient(dz, raw[i], k, config)
@@ -128,6 +142,17 @@ def backward(
                 )  # fmt: skip
     results = (dimage, dproj, dproj_bias, dpos, dcls, *dweights, *dgammas, *dbetas)
     return picked(wanted, results)
+
+
+def _synchronized(partials: Tensor, norm: _Norm, eps: float, group: str, count: Tensor) -> Tensor:
+    """The coefficients (4, C) of the gradient of what a batch norm over ``count`` values in a group
+    of processes read, whose sums here ``partials`` (2, parts, C) have.
+    """
+    own = partials.sum(1)
+    total = exchanged(own.flatten(), group).sum(0).view_as(own)
+    # The kernel takes the count as a number, which only the device knows.
+    unused = (torch.empty_like(norm.mean) for _ in range(2))
+    return stem_norm_gradient((total / count)[:, None], norm, eps, 1, *unused)
 
 
 def _token_sums(
@@ -167,9 +192,11 @@ def _input_gradient(
 
 
 def _weight_gradient(
-    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm, weight: Tensor
+    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm | None, weight: Tensor
 ) -> Tensor:
-    """Of a 3x3 or, where ``grad`` are tokens, the last 1x1."""
+    """Of a 3x3 or, where ``grad`` are tokens, the last 1x1; without a norm, ``below`` is what the
+    convolution read.
+    """
     taps = weight[0, 0].numel()
     out, channels = weight.shape[:2]
     config = configs.weight_gradient(setting.arch, setting.arithmetic, out, channels, taps)
@@ -194,6 +221,9 @@ def _first_gradient(
     """Of the weights of the first convolution. ``above`` are its output and the coefficients of its
     gradient if ``dz`` is the gradient before the ReLU, else None.
     """
+    if not gathers(x.shape[1]):
+        image = channels_last(normalize_images(x, mean, std, dz.dtype))
+        return _weight_gradient(setting, dz, stride, image, None, weight)
     raw, coefficients = above if above is not None else (None, None)
     centers = shifts = scales = None
     if x.dtype == torch.uint8:

@@ -189,8 +189,10 @@ def _drawn(
 
 def _pixels(problem: _Problem) -> tuple[Any, Any]:
     """Mean and std of uint8 images."""
-    images = problem.widths[0]
-    return (_MEAN[:images], _STD[:images]) if problem.raw else (None, None)
+    if not problem.raw:
+        return None, None
+    images = range(problem.widths[0])
+    return [_MEAN[i % len(_MEAN)] for i in images], [_STD[i % len(_STD)] for i in images]
 
 
 def _moved(t: Tensor, problem: _Problem, device: torch.device, wide: torch.dtype) -> Tensor:
@@ -222,7 +224,7 @@ def _check_forward(plan: Plan, problem: _Problem) -> Iterator[Agreement]:
     yield from compared("tokens", *(result.tokens for result in results))
     for name in ("raw", "means", "variances"):
         for i, tensors in enumerate(zip(*(getattr(r, name) for r in results), strict=True)):
-            yield from compared(f"{name}[{i}]", *tensors)
+            yield from compared(f"{name}[{i}]", *tensors, ulps=_room(tensors[0], 0))
     if mode == "train":
         yield from _check_of_many_tiles(device)
 
@@ -260,10 +262,18 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
         run(conv_stem_torch.backward, cpu, torch.float64),
     )
     for i, found in enumerate(zip(*results, strict=True)):
-        # Rounding near zero decides single elements behind a ReLU; of a batch norm's parameters
-        # there are few, and their mean square is chance, too.
-        ulps = 4 if found[0].ndim == 1 else 0
+        # Rounding near zero decides single elements behind a ReLU.
+        ulps = _room(found[0], 4)
         yield from _compared(f"gradient[{i}]", *found, precision=precision, maxima=False, ulps=ulps)
+
+
+def _room(found: Tensor, ulps: int) -> int:
+    """Units in the last place to allow beside the rule: ``ulps`` for the numbers of a batch norm,
+    whose mean square is chance where they are few, and more where they are a handful.
+    """
+    if found.ndim != 1 or found.numel() >= 8:
+        return ulps if found.ndim == 1 else 0
+    return 128 if found.dtype == torch.float32 else 8
 
 
 def _compared(

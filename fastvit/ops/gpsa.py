@@ -19,14 +19,35 @@ from torch import Tensor
 
 from fastvit.ops import gpsa_torch
 from fastvit.ops.backend import Call, choose
+from fastvit.ops.flops import Shape, product
 from fastvit.ops.library import SingleBackward, differentiable, register, register_gradient
 from fastvit.ops.tokens import gradients_like, like_heads, unpack_heads
 from fastvit.ops.vmap import over_more_heads
+from fastvit.reference.arguments import untraced
 
 
+@untraced
 def call(q: Tensor, grid_size: tuple[int, int], dropout_p: float = 0.0) -> Call:
     """What the choice of a backend depends on."""
     return Call("gpsa", q.device, q.dtype, dropout_p, q.shape[-1], grid_size)
+
+
+def flops(products: int, q: Shape) -> int:
+    """Of ``products`` of an N x N map with tokens, and of one of the relative positions with the
+    weights of the heads, for each image.
+    """
+    B, H, N, d = q
+    return products * B * H * product(N, d, N) + B * product(N * N, 3, H)
+
+
+def forward_flops(q: Shape, *_: Any, **__: Any) -> int:
+    """The scores and the values; the weights are known where there are the positions."""
+    return flops(2, q)
+
+
+def backward_flops(_grad: Shape, q: Shape, *_: Any, **__: Any) -> int:
+    """The gradients of the maps, of q, k and v and of the weights of the positions."""
+    return flops(4, q)
 
 
 def _fake_forward(q: Tensor, *_: Any) -> Tensor:
@@ -37,6 +58,7 @@ def _fake_forward(q: Tensor, *_: Any) -> Tensor:
     "_gpsa_forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating_param, "
     "SymInt rows, SymInt columns, float scale, str backend) -> Tensor",
     _fake_forward,
+    flops=forward_flops,
 )
 def _gpsa_forward(
     q: Tensor,
@@ -103,6 +125,7 @@ _BACKWARD_ARGUMENTS = (
 @register(
     f"_gpsa_backward({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     functools.partial(_fake_gradients, False),
+    flops=backward_flops,
 )
 def _gpsa_backward(*args: Any) -> tuple[Tensor, ...]:
     return _gradients(False, *args)
@@ -111,6 +134,7 @@ def _gpsa_backward(*args: Any) -> tuple[Tensor, ...]:
 @register(
     f"_gpsa_backward_qkvpacked({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     functools.partial(_fake_gradients, True),
+    flops=backward_flops,
 )
 def _gpsa_backward_qkvpacked(*args: Any) -> tuple[Tensor, ...]:
     return _gradients(True, *args)

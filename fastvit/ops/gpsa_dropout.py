@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvit.ops import gpsa_dropout_torch
 from fastvit.ops.backend import choose
-from fastvit.ops.gpsa import call
+from fastvit.ops.gpsa import backward_flops, call, forward_flops
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
@@ -65,7 +65,11 @@ def _run(direction: str, tensors: tuple[Tensor, ...], *options: Any) -> Any:
     return getattr(gpsa_dropout_torch, direction)(*tensors, grid_size, scale, dropout_p)
 
 
-@register(f"_gpsa_dropout_forward({_ARGUMENTS}) -> Tensor", lambda q, *_: like_heads(q))
+@register(
+    f"_gpsa_dropout_forward({_ARGUMENTS}) -> Tensor",
+    lambda q, *_: like_heads(q),
+    flops=forward_flops,
+)
 def _forward(*args: Any) -> Tensor:
     return _run("forward", args[:6], *args[6:])
 
@@ -78,6 +82,7 @@ def _fake_backward(_grad: Tensor, q: Tensor, _k: Tensor, v: Tensor, *args: Any) 
 @register(
     f"_gpsa_dropout_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    flops=backward_flops,
 )
 def _backward_op(*args: Any) -> tuple[Tensor, ...]:
     return _run("backward", args[:7], *args[7:])

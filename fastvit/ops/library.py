@@ -16,13 +16,20 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastvit.ops.flops import Formula, count
+
 _LIBRARY = torch.library.Library("fastvit", "DEF")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def register(
-    schema: str, fake: Callable[..., Any], *, direct: bool = False, random: bool = False
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    direct: bool = False,
+    random: bool = False,
+    flops: Formula | None = None,
 ) -> Callable[[F], Any]:
     """Register the decorated function as the op of ``schema`` on every device.
 
@@ -34,6 +41,7 @@ def register(
             tensors.
         random: whether it takes numbers from PyTorch's generator, so that no compiler calls it
             again for what it gave.
+        flops: how many it takes, see :mod:`fastvit.ops.flops`; None for an op without products.
 
     Returns:
         A decorator that gives back the op as a callable.
@@ -46,6 +54,8 @@ def register(
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, isolated, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
+        if flops is not None:
+            count(getattr(torch.ops.fastvit, name), flops)
         op = getattr(torch.ops.fastvit, name).default
 
         # Without the kernel of register_gradient, which costs 3 µs a call: the Function around
@@ -192,12 +202,25 @@ def differentiable(
                 exporting = torch.compiler.is_exporting()
                 return function.forward(*args) if exporting else function.apply(*args)
             if in_transform():
-                return function.apply(*args)
+                return _apply(function, *args)
             return EagerTwin.apply(*args) if _needs_grad(args) else op(*args)
 
         return call
 
     return decorate
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Under a transform. A jvp of our own to say this in would keep Dynamo from the Function."""
+    try:
+        return function.apply(*args)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        raise RuntimeError(
+            "fastvit: forward-mode differentiation (torch.func.jvp, jacfwd and hessian) is only "
+            "supported by backend='reference'; got a fused op"
+        ) from error
 
 
 class SingleBackward(torch.autograd.Function):

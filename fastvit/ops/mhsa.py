@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain attention as an op: in half precision on processors, where PyTorch's own takes twice as
-long in the backward, and by the Triton kernels where they are asked for. Elsewhere PyTorch's, which
-keeps its statistics and need not compute them again.
+long in the backward, there under ``torch.func``, and by the Triton kernels where they are asked
+for. Elsewhere PyTorch's, which keeps its statistics and need not compute them again.
 """
 
 from __future__ import annotations
@@ -15,29 +15,49 @@ from torch import Tensor
 from fastvit import reference
 from fastvit.ops import mhsa_torch
 from fastvit.ops.backend import Call, choose
+from fastvit.ops.flops import Shape, product
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
+    in_transform,
     plain_ops_wanted,
     register,
     register_gradient,
 )
 from fastvit.ops.tokens import like_heads, like_packed, unpack_heads, wide
 from fastvit.ops.vmap import over_more_heads
+from fastvit.reference.arguments import untraced
 
 #: With fewer tokens PyTorch's CPU kernel takes a NaN in the scores for a masked row and gives
 #: zeros (torch 2.11 and 2.15: its vectors are 16 wide).
 _FEWEST_TOKENS = 16
 
 
+@untraced
 def call(x: Tensor, dropout_p: float = 0.0) -> Call:
     """What the choice of a backend depends on, for q or a packed projection."""
     return Call("mhsa", x.device, x.dtype, dropout_p, x.shape[-1])
 
 
+def _flops(products: int, q: Shape) -> int:
+    B, H, N, d = q
+    return products * B * H * product(N, d, N)
+
+
+# As PyTorch's formula has it for its own attention, which serves other devices and dtypes: with the
+# scores that a backward without maps computes again.
+def _forward_flops(q: Shape, *_: Any, **__: Any) -> int:
+    return _flops(2, q)
+
+
+def _backward_flops(_grad: Shape, q: Shape, *_: Any, **__: Any) -> int:
+    return _flops(5, q)
+
+
 @register(
     "_mhsa_forward(Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor",
     lambda q, *_: like_heads(q),
+    flops=_forward_flops,
 )
 def _mhsa_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
     if choose(call(q), backend) == "triton":
@@ -54,6 +74,7 @@ def _mhsa_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -
 @register(
     "_mhsa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, float scale, str backend) -> Tensor",
     lambda _, q, *__: like_packed(q, 3),
+    flops=_backward_flops,
 )
 def _mhsa_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str
@@ -139,7 +160,7 @@ def mhsa(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, backen
     """(B, H, N, d) three times to (B, H, N, d)."""
     if _is_op(q, dropout_p, backend):
         return _separate(q, k, v, scale, backend)
-    if q.shape[2] < _FEWEST_TOKENS:
+    if _has_few_tokens(q):
         return reference.attention(q, k, v, scale=scale, dropout_p=dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
 
@@ -152,13 +173,19 @@ def mhsa_qkvpacked(qkv: Tensor, scale: float, dropout_p: float, backend: str) ->
     return mhsa(q, k, v, scale, dropout_p, backend)
 
 
+@untraced
+def _has_few_tokens(q: Tensor) -> bool:
+    return q.shape[2] < _FEWEST_TOKENS
+
+
 def _is_op(x: Tensor, dropout_p: float, backend: str) -> bool:
     if dropout_p > 0.0 or plain_ops_wanted():
         return False
     # Until kernels have been measured against PyTorch's on a GPU, they run if asked for.
     if backend == "triton":
         return True
-    if x.device.type != "cpu" or x.dtype == wide(x.dtype):
+    if x.device.type != "cpu":
         return False
-    # A counter of flops knows PyTorch's attention and not ours.
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0
+    # PyTorch's own has neither a batching rule there nor words of ours on forward mode.
+    transformed = not torch.compiler.is_compiling() and in_transform()
+    return transformed or x.dtype != wide(x.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvit.ops import patch_embed_cpu, patch_embed_torch, patch_embed_trust
 from fastvit.ops.backend import choose_once
+from fastvit.ops.flops import Shape, convolution
 from fastvit.ops.library import (
     SingleBackward,
     differentiable,
@@ -40,13 +41,32 @@ def _fake_forward(
     return weight.new_empty(B, (height // ph) * (width // pw) + int(cls_token is not None), D)
 
 
+def _flops(images: Shape, weight: Shape) -> int:
+    (B, _C, height, width), (ph, pw) = images, weight[2:]
+    return convolution(weight, B, (height // ph) * (width // pw))
+
+
+def _forward_flops(images: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _flops(images, weight)
+
+
+def _backward_flops(_grad: Shape, images: Shape, weight: Shape, *args: Any, **_: Any) -> int:
+    wanted = args[-2]
+    return sum(wanted[:2]) * _flops(images, weight)
+
+
 _ARGUMENTS = (
     "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, "
     "float[]? mean, float[]? std"
 )
 
 
-@register(f"_patch_embed_forward({_ARGUMENTS}, str backend) -> Tensor", _fake_forward, direct=True)
+@register(
+    f"_patch_embed_forward({_ARGUMENTS}, str backend) -> Tensor",
+    _fake_forward,
+    direct=True,
+    flops=_forward_flops,
+)
 def _patch_embed_forward(
     images: Tensor,
     weight: Tensor,
@@ -70,6 +90,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
     f"_patch_embed_backward(Tensor grad, {_ARGUMENTS}, bool[] wanted, str backend) -> Tensor[]",
     _fake_backward,
     direct=True,
+    flops=_backward_flops,
 )
 def _patch_embed_backward(grad: Tensor, images: Tensor, weight: Tensor, *rest: Any) -> Any:
     *arguments, asked = rest

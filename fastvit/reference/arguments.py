@@ -6,11 +6,39 @@ Each raises before anything is computed, with what was expected and what came.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# Its type information knows half of what is used here.
+_C: Any = torch._C
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """For functions that only look at shapes: in them ``torch.jit.trace`` and the ONNX export that
+    is made of it stand still.
+
+    Both have tensors for sizes, and warn at each comparison of two that it is not in the trace.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        state = _C._get_tracing_state()
+        if state is None:
+            return function(*args, **kwargs)
+        _C._set_tracing_state(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _C._set_tracing_state(state)
+
+    return wrapper  # type: ignore[return-value]
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -53,6 +81,7 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {value}")
 
 
+@untraced
 def check_tokens(x: Tensor, dim: int) -> None:
     """Raise ValueError unless ``x`` is (B, N, dim), and TypeError unless it is floating."""
     if x.ndim != 3 or x.shape[-1] != dim:
@@ -61,6 +90,13 @@ def check_tokens(x: Tensor, dim: int) -> None:
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
 
 
+@untraced
+def default_scale(q: Tensor) -> float:
+    """1 / sqrt(d), of the scores of queries (..., d)."""
+    return q.shape[-1] ** -0.5
+
+
+@untraced
 def check_images(name: str, images: Tensor, channels: int) -> None:
     """Raise ValueError unless ``images`` is (B, channels, H, W), and TypeError unless it is
     floating or uint8.

@@ -49,32 +49,81 @@ def conv_stem(
     proj_bias: Tensor | None = None,
     *,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     pos_embed: Tensor | None = None,
     cls_token: Tensor | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Images to tokens layer by layer: what :func:`fastvit.functional.conv_stem` computes, with
     its arguments. Returns (B, N[+1], D).
     """
     x = normalize_images(x, mean, std, proj_weight.dtype)
-    for stage in stages:
+    shares: list[Any] = [momentum] * len(stages)
+    if isinstance(momentum, Tensor):
+        # PyTorch's batch norm takes numbers.
+        shares = momentum.expand(len(stages)).tolist()
+    for stage, share in zip(stages, shares, strict=True):
         x = F.conv2d(x, stage.weight, stride=stage.stride, padding=1)
-        x = F.batch_norm(
-            x,
-            stage.running_mean,
-            stage.running_var,
-            stage.bn_weight,
-            stage.bn_bias,
-            training=training or stage.running_mean is None,
-            momentum=momentum,
-            eps=eps,
-        )
+        if process_group is not None and training:
+            x = _synchronized_batch_norm(x, stage, share, eps, process_group)
+        else:
+            x = F.batch_norm(
+                x,
+                stage.running_mean,
+                stage.running_var,
+                stage.bn_weight,
+                stage.bn_bias,
+                training=training or stage.running_mean is None,
+                momentum=share,
+                eps=eps,
+            )
         x = F.relu(x)
     x = F.conv2d(x, proj_weight, proj_bias)
     return assemble_tokens(x.flatten(2).transpose(1, 2), pos_embed, cls_token)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of what the processes of a group have. Each reads it, so that its gradient is the sum
+    of theirs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverProcesses.apply(grad.contiguous(), ctx.group), None
+
+
+def _synchronized_batch_norm(
+    x: Tensor,
+    stage: ConvStage,
+    momentum: float,
+    eps: float,
+    group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """A training step of ``torch.nn.SyncBatchNorm`` on (B, C, H, W), on any device."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    values = wide.new_tensor([x.numel() // x.shape[1]])
+    totals = _SumOverProcesses.apply(torch.cat((wide.sum((0, 2, 3)), values)), group)
+    count, mean = totals[-1], totals[:-1] / totals[-1]
+    centered = wide - mean[:, None, None]
+    variance = _SumOverProcesses.apply(centered.square().sum((0, 2, 3)), group) / count
+    if stage.running_mean is not None and stage.running_var is not None and count > 0:
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1))
+            for running, new in ((stage.running_mean, mean), (stage.running_var, unbiased)):
+                running.lerp_(new.to(running.dtype), momentum)
+    rstd = torch.rsqrt(variance + eps)
+    out = centered * (stage.bn_weight * rstd)[:, None, None] + stage.bn_bias[:, None, None]
+    return out.to(x.dtype)
 
 
 class ConvBNReLU(nn.Module):

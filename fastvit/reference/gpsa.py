@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.reference.arguments import check_grid, check_heads, check_probability, check_tokens
+from fastvit.reference.arguments import (
+    check_grid,
+    check_heads,
+    check_probability,
+    check_tokens,
+    default_scale,
+    untraced,
+)
 
 
 def relative_positions(
@@ -78,7 +85,7 @@ def gpsa_attention(
     Takes what :func:`fastvit.functional.gpsa_attention` takes, and with dropout the weights that
     are ``kept``, (B, H, N, N) of bool, instead of drawing them. Returns (B, H, N, d).
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     positions = relative_positions(grid_size, q.device, pos_weight.dtype)
     # The projection is evaluated for every image of the batch, as the authors and timm do.
     position = F.linear(positions.expand(q.shape[0], -1, -1, -1), pos_weight)
@@ -90,6 +97,22 @@ def gpsa_attention(
         attn = torch.where(kept, attn, 0.0) / (1.0 - dropout_p if dropout_p < 1.0 else 1.0)
     # The position parameters, and softmax under autocast, may be wider than the values.
     return attn.to(v.dtype) @ v
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A copy of a parameter, which FSDP may have sharded."""
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.clone()
+
+
+def _assign(parameter: Any, value: Tensor) -> None:
+    """Give a parameter, which FSDP may have sharded, a value that is the same on every rank."""
+    if hasattr(parameter, "full_tensor"):
+        # Only here, since importing it takes time.
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 class GPSA(nn.Module):
@@ -152,6 +175,10 @@ class GPSA(nn.Module):
         if use_local_init:
             self.local_init()
 
+    def reset_parameters(self) -> None:
+        """Initialise the one parameter that is no child's, as PyTorch's own layers do."""
+        nn.init.ones_(self.gating_param)
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}"
 
@@ -163,15 +190,17 @@ class GPSA(nn.Module):
         ``(h2 - c, h1 - c)`` with k = int(sqrt(H)); heads beyond k * k keep their weights, scaled
         by ``locality_strength`` as all are.
         """
-        self.v.weight.copy_(torch.eye(self.dim))
+        v, weight = self.v.weight, _whole(self.pos_proj.weight)
+        _assign(v, torch.eye(self.dim, device=v.device, dtype=v.dtype))
         kernel_size = math.isqrt(self.num_heads)
         center = (kernel_size - 1) / 2 if kernel_size % 2 == 0 else kernel_size // 2
         for row in range(kernel_size):
             for column in range(kernel_size):
                 offset = (2 * (column - center), 2 * (row - center), -1.0)
-                self.pos_proj.weight[row + kernel_size * column] = torch.tensor(offset)
-        self.pos_proj.weight.mul_(self.locality_strength)
+                weight[row + kernel_size * column] = weight.new_tensor(offset)
+        _assign(self.pos_proj.weight, weight.mul_(self.locality_strength))
 
+    @untraced
     def resolve_grid_size(
         self, num_patches: int, grid_size: tuple[int, int] | None = None
     ) -> tuple[int, int]:
@@ -207,11 +236,15 @@ class GPSA(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, N, n * dim) to (n, B, H, N, d), or to (B, H, N, d) for n = 1, without a copy."""
-        B, N, width = x.shape
-        heads = (self.num_heads, self.dim // self.num_heads)
-        if width == self.dim:
+        B, N, _ = x.shape
+        heads, count = (self.num_heads, self.dim // self.num_heads), self._count(x)
+        if count == 1:
             return x.reshape(B, N, *heads).transpose(1, 2)
-        return x.reshape(B, N, width // self.dim, *heads).permute(2, 0, 3, 1, 4)
+        return x.reshape(B, N, count, *heads).permute(2, 0, 3, 1, 4)
+
+    @untraced
+    def _count(self, x: Tensor) -> int:
+        return x.shape[-1] // self.dim
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The exact mixed attention map (B, H, N, N) of ``x`` (B, N, dim)."""

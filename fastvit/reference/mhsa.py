@@ -10,13 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.reference.arguments import check_heads, check_probability, check_tokens
+from fastvit.reference.arguments import (
+    check_heads,
+    check_probability,
+    check_tokens,
+    default_scale,
+)
 from fastvit.reference.gpsa import relative_positions
 
 
 def attention_map(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
     """Softmax of the scaled scores of q and k (B, H, N, d): (B, H, N, N), rows summing to one."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q) if scale is None else scale
     return ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1)
 
 

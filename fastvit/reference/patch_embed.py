@@ -16,6 +16,7 @@ from fastvit.reference.arguments import (
     check_normalization,
     floating_dtype,
     pair,
+    untraced,
 )
 
 OUTPUT_FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
@@ -46,14 +47,18 @@ def assemble_tokens(x: Tensor, pos_embed: Tensor | None, cls_token: Tensor | Non
     ``pos_embed`` (1, N, D) belongs to the patches alone, (1, N + 1, D) to the class token too.
     The result has the dtype of ``x``, whatever theirs.
     """
-    N = x.shape[1]
     pos_embed = None if pos_embed is None else pos_embed.to(x.dtype)
-    if pos_embed is not None and pos_embed.shape[1] == N:
+    if pos_embed is not None and _belongs_to_patches(pos_embed, x):
         x = x + pos_embed
         pos_embed = None
     if cls_token is not None:
         x = torch.cat((cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
     return x if pos_embed is None else x + pos_embed
+
+
+@untraced
+def _belongs_to_patches(pos_embed: Tensor, x: Tensor) -> bool:
+    return pos_embed.shape[1] == x.shape[1]
 
 
 def patch_embed(
@@ -196,6 +201,7 @@ class PatchEmbed(nn.Module):
             return -(-height // ph), -(-width // pw)
         return height // ph, width // pw
 
+    @untraced
     def _check_size(self, images: Tensor) -> None:
         check_images("images", images, self.in_chans)
         size, (ph, pw) = (images.shape[-2], images.shape[-1]), self.patch_size
@@ -228,9 +234,11 @@ class PatchEmbed(nn.Module):
         if not self.flatten and self.output_fmt != "NLC":
             channels_first = tokens.transpose(1, 2)
             if self.output_fmt == "NCHW":
-                tokens = channels_first.unflatten(2, grid_size)
+                # Not by unflatten, for which ONNX's older export fixes the batch size.
+                tokens = channels_first.reshape(*channels_first.shape[:2], *grid_size)
             elif self.output_fmt == "NHWC":
-                tokens = tokens.unflatten(1, grid_size)
+                B, _N, D = tokens.shape
+                tokens = tokens.reshape(B, *grid_size, D)
             else:
                 tokens = channels_first
         return self.norm(tokens)
