@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -147,6 +149,15 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     names -= {"fastvit.layers", "fastvit.models"}
     names -= {"fastvit.models.create_model", "fastvit.models.list_models"}
     assert sorted(names - set().union(*pages.values())) == []
+
+
+@pytest.mark.parametrize("layer", fastvit.layers.__all__)
+def test_layers_have_the_docstrings_of_their_references(site: Path, layer: str) -> None:
+    page = html.unescape(re.sub(r"<[^>]+>", "", documents.text_of(site / "api" / "layers.html")))
+    lines = inspect.cleandoc(getattr(fastvit, layer).__doc__).splitlines()
+    for line in (lines[0], lines[-1]):
+        plain = re.sub(r":\w+:`|`", "", line)
+        assert plain in page
 
 
 def test_docstrings_become_sections(site: Path) -> None:

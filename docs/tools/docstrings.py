@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import griffe
 
 ROOT = Path(__file__).resolve().parents[2]
+_LAYERS = ("GPSA", "MHSA", "ConvStem", "PatchEmbed")
 _ROLE = re.compile(r":(?:attr|class|func|meth|mod):`([\w.]+)`")
 # Two or more names at the beginning of an item of "Attributes:", and the item.
 _SHARED = re.compile(r"(?<=\n)( +)(\w+(?:, \w+)+): (.*(?:\n\1 .*)*)")
@@ -48,16 +50,37 @@ class Docstrings(griffe.Extension):
 
     def complete(self, found: griffe.Object) -> None:
         """Give an object of the package its docstring as it shall be read."""
-        taken = found.members.get("__doc__")
-        if found.is_class and taken is not None and "with_backend" in str(taken.value):
-            base = found.resolved_bases[0]
-            kept = SimpleNamespace(__doc__=base.docstring.value)
-            found.docstring = griffe.Docstring(self.with_backend(kept), parent=found)
+        if found.is_class and "__doc__" in found.members:
+            found.docstring = griffe.Docstring(self._made(found), parent=found)
         if found.docstring is not None:
             text = _SHARED.sub(_apart, found.docstring.value)
             found.docstring.value = _ROLE.sub(
                 lambda match: f"[`{match[1]}`][{_full_name(found, match[1])}]", text
             )
+
+    def _made(self, found: griffe.Object) -> str:
+        """The docstring that a class assigns, of what ``with_backend`` makes of its reference."""
+        tree = ast.parse(Path(str(found.filepath)).read_text(encoding="utf-8"))
+        (made,) = (
+            assignment.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and node.name == found.name
+            for assignment in node.body
+            if isinstance(assignment, ast.Assign)
+            and ast.unparse(assignment.targets[0]) == "__doc__"
+        )
+        originals = found.package["reference"]
+        names = {
+            "with_backend": self.with_backend,
+            "reference": SimpleNamespace(
+                **{name: SimpleNamespace(__doc__=_text(originals[name])) for name in _LAYERS}
+            ),
+        }
+        return inspect.cleandoc(eval(ast.unparse(made), names))
+
+
+def _text(found: griffe.Object | griffe.Alias) -> str:
+    return found.docstring.value if found.docstring is not None else ""
 
 
 def _walk(found: griffe.Object, extension: Docstrings) -> None:
