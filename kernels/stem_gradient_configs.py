@@ -15,7 +15,9 @@ from .stem_configs import aligned
 def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training: bool) -> Config:
     """From ``out`` channels back to ``channels``."""
     shared = arch in _FROM_SHARED_MEMORY
-    if arithmetic == "half" and not aligned(out, channels):
+    # The few channels of images fill no more than one small tile.
+    vectors = aligned(out) and (channels <= 4 or aligned(channels))
+    if arithmetic == "half" and not vectors:
         keys, depth, warps, stages = (32,), 32, 8, 2
     elif arithmetic == "half":
         # The scale of fixed statistics takes registers, too.
@@ -28,7 +30,7 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
         keys, depth, warps, stages = (32,), 32, 8, 3
     else:
         # With single channels in flight for two steps it would spill.
-        keys, depth, warps, stages = (32,), 16, 8, 2 if aligned(out, channels) else 1
+        keys, depth, warps, stages = (32,), 16, 8, 2 if vectors else 1
     if channels <= 32:
         keys = (_power(channels),)
     blocks = -(-channels // sum(keys))

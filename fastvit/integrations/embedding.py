@@ -73,7 +73,10 @@ def _as_plain(name: str) -> Any:
 
 
 # Python looks operators up in the class.
-for _name in ("getitem", "iter", "len", "mul", "neg", "radd", "rmul", "sub", "truediv"):
+for _name in (
+    *("eq", "ne", "lt", "le", "gt", "ge", "bool", "contains", "getitem", "iter", "len"),
+    *("mul", "rmul", "sub", "rsub", "radd", "truediv", "rtruediv", "matmul", "pow", "neg", "abs"),
+):
     setattr(Unembedded, f"__{_name}__", _as_plain(f"__{_name}__"))
 
 

@@ -38,13 +38,14 @@ class Candidate(NamedTuple):
 def candidates(model: nn.Module) -> Iterator[Candidate]:
     """Every layer in question, in the order of ``named_modules()``."""
     convolutions: set[str] = set()
-    compiled: list[str] = []
+    wrapped: list[tuple[str, str]] = []
     stems: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in stems):
             continue
-        if is_compiled(module):
-            compiled.append(f"{name}.")
+        wrapper = _wrapper(module)
+        if wrapper is not None:
+            wrapped.append((f"{name}." if name else "", wrapper))
         place = patch_convolution_of(module)
         if place is not None:
             convolutions.add(f"{name}.{place}" if name else place)
@@ -54,9 +55,9 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         if found.layer == "conv_stem":
             # What is inside a stem is part of it.
             stems.append(f"{name}." if name else "")
-        if any(f"{name}.".startswith(prefix) for prefix in compiled):
-            reason = "it is compiled; accelerate the model before torch.compile"
-            found = found._replace(adapter=None, reason=reason)
+        for prefix, reason in wrapped:
+            if f"{name}.".startswith(prefix):
+                found = found._replace(adapter=None, reason=reason)
         yield found
 
 
@@ -84,6 +85,15 @@ def refusal_of(module: nn.Module, adapter: type[Accelerated]) -> str | None:
     except AttributeError as error:
         # A copy of the authors' file that somebody edited.
         return f"it is not what its name says: {error}"
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    """Why what is inside a module is better left alone, or None."""
+    if is_compiled(module):
+        return "it is compiled; accelerate the model before torch.compile"
+    if type(module).__qualname__ == "FullyShardedDataParallel":
+        return "it is sharded already; accelerate the model before FullyShardedDataParallel"
+    return None
 
 
 def is_compiled(module: nn.Module) -> bool:
