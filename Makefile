@@ -29,6 +29,7 @@ help:
 	@echo "make bench     environment, install, and the table of times per epoch; for example"
 	@echo "               make bench ARGS='--rows ConViT-S --steps 10 --report out'"
 	@echo "make gpu       check and measure on this GPU, offline, with PYTHON as it is; STAGE=, OUT=, DRY=1"
+	@echo "make docs      the site of docs/, into build/site; needs Python 3.11"
 	@echo "make resources compile the Triton kernels, and with an nvcc the CUDA kernels, for every"
 	@echo "               architecture, update the tables of it"
 	@echo "make install   environment and install only: $(BIN)/fastvit info"
@@ -119,6 +120,11 @@ resources: install $(OLD_TRITON)/.created
 	$(BIN)/python bench/resources.py --write
 	$(OLD_TRITON)/bin/python bench/resources.py --write
 	$(BIN)/python bench/cuda_resources.py --write --optional
+
+# Warnings are errors. The variable silences an advertisement, not a warning of ours.
+.PHONY: docs
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: bench
 bench: install

@@ -24,38 +24,50 @@ from fastvit.ops.backend import availability
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend runs an op on this machine."""
+    """Whether a backend runs an op on this machine.
+
+    Attributes:
+        op: "gpsa", "mhsa", "conv_stem" or "patch_embed".
+        backend: its name.
+        available: whether it runs the op, called plainly in float32, on this machine.
+        reason: why it does not, in words; empty if it does.
+        checks: one line a compared tensor after ``info(check=True)``; None if it was not checked.
+        agrees: whether every check agreed; None if nothing was checked.
+    """
 
     op: str
     backend: str
     available: bool
-    #: Why it does not run, in words; empty if it does.
     reason: str
-    #: One line a compared tensor after ``info(check=True)``; None if it was not checked.
     checks: tuple[str, ...] | None = None
-    #: Whether every check agreed; None if nothing was checked.
     agrees: bool | None = None
 
 
 @dataclass(frozen=True)
 class Info:
-    """The findings of :func:`info`. ``str()`` gives the text, :meth:`to_dict` plain data."""
+    """The findings of :func:`info`. ``str()`` gives the text, :meth:`to_dict` plain data.
 
-    #: Versions of fastvit, Python, torch, the CUDA and cuDNN of torch, and Triton; None if absent.
+    Attributes:
+        versions: of fastvit, Python, torch, the CUDA and cuDNN of torch, and Triton; None if
+            absent.
+        machine: operating system, processor, cores, threads of torch, and the folder of the
+            package.
+        gpus: that torch sees: name, capability, memory in bytes.
+        build: record of the compiled module; None if there is none that loads.
+        cuda: whether the compiled CUDA code can run here; None without a compiled module.
+        native_problem: why there is no compiled module; None if there is one.
+        backends: a row for each op and backend.
+        verdicts: what is known of kernels, by specialisation: empty if it agreed with PyTorch
+            here or was verified before it was shipped, else what differed; then it is not used.
+    """
+
     versions: dict[str, str | None]
-    #: Operating system, processor, cores, threads of torch, and the folder of the package.
     machine: dict[str, str | int]
-    #: GPUs that torch sees: name, capability, memory in bytes.
     gpus: tuple[dict[str, Any], ...]
-    #: Build record of the compiled module; None if there is none that loads.
     build: dict[str, Any] | None
-    #: Whether the compiled CUDA code can run here; None without a compiled module.
     cuda: dict[str, Any] | None
-    #: Why there is no compiled module; None if there is one.
     native_problem: str | None
     backends: tuple[BackendStatus, ...]
-    #: What is known of kernels, by specialisation: empty if it agreed with PyTorch here or
-    #: was verified before it was shipped, else what differed; then it is not used.
     verdicts: dict[str, str]
 
     @property

@@ -121,8 +121,11 @@ def test_the_sdist_holds_all_that_a_build_and_its_tests_need(distributions, sour
         top = {name.split("/", 1)[0] for name in archive.getnames()}
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert top == {f"fastvit-{fastvit.__version__}"}
-    needed = [source / name for name in ("CMakeLists.txt", "LICENSE", "setup.py", "Makefile")]
-    for folder in ("csrc", "fastvit", "kernels", "tests", "requirements"):
+    needed = [
+        source / name
+        for name in ("CMakeLists.txt", "LICENSE", "setup.py", "Makefile", "mkdocs.yml")
+    ]
+    for folder in ("csrc", "docs", "fastvit", "kernels", "tests", "requirements"):
         needed += [p for p in (source / folder).rglob("*") if p.is_file()]
     missing = {str(path.relative_to(source)) for path in needed} - held
     assert not missing
@@ -152,7 +155,7 @@ def test_the_metadata_asks_for_torch_alone(distributions):
         assert b"fastvit = fastvit.__main__:main" in archive.read(f"{record}/entry_points.txt")
     always = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert always == ["torch>=2.11"]
-    assert set(metadata.get_all("Provides-Extra")) == {"bench", "examples", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "docs", "examples", "test"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
 

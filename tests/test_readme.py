@@ -5,28 +5,30 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
+import documents
 import pytest
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+import fastvit
+
+README = documents.ROOT / "README.md"
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_python_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+def test_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with fastvit.backend("auto"):
+        namespace = documents.run(README)
     difference = float(re.findall(r"tensor\(([-+\d.e]+)\)", capsys.readouterr().out)[0])
     assert difference < 1e-5
+    assert namespace["report"].max_error < 1e-5
+    assert not namespace["report"].skipped
 
 
-def test_there_is_an_example() -> None:
-    assert EXAMPLES
+def test_there_are_examples() -> None:
+    assert len(documents.examples(README)) == 2
 
 
 def test_commands_are_verbs_of_the_makefile() -> None:
-    commands = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
+    commands = re.findall(r"^make (\w+)", documents.text_of(README), flags=re.MULTILINE)
     assert {"bench", "test"} <= set(commands)
     for verb in commands:
-        subprocess.run(["make", "-n", verb], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(["make", "-n", verb], cwd=documents.ROOT, check=True, capture_output=True)
