@@ -75,6 +75,7 @@ class Config:
     workers: int = option(2, "processes that read images (imagefolder only)", runtime=True)
     checkpoint_steps: int = option(200, "steps between checkpoints; 0: at the end", runtime=True)
     log_steps: int = option(20, "steps between lines of the log", runtime=True)
+    eval_epochs: int = option(1, "epochs between evaluations", runtime=True)
     progress: bool = option(True, "a progress bar on rank 0", runtime=True)
     deterministic: bool = option(False, "refuse GPU operators that do not repeat", runtime=True)
 
@@ -84,7 +85,7 @@ class Config:
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 known = ", ".join(f.metadata["choices"])
                 raise ConfigError(f"{f.name}: expected one of {known}, got {value!r}")
-        positive = ("epochs", "batch_size", "accumulate", "ema_every", "log_steps", "lr")
+        positive = ("epochs", "batch_size", "accumulate", "ema_every", "log_steps", "eval_epochs", "lr")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")

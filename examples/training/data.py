@@ -7,6 +7,7 @@ neither on ranks nor on workers, and resuming within an epoch needs nothing but 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def _wheel_file(package: str, path: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / path
 
 
+@functools.lru_cache(maxsize=1)
 def _read_table(path: Path) -> tuple[Tensor, Tensor]:
     """Images (N, 1, S, S) and labels (N,) of a table with a label behind the pixels of a row."""
     with gzip.open(path, "rt") as file:

@@ -136,7 +136,8 @@ class Trainer:
             lr = optim.learning_rate(config, self.step - 1, self.steps_per_epoch)
             self._log(step=self.step, lr=lr, loss=mean, grad_norm=float(norm))
             progress.show(f"loss {mean:.3f}")
-        if self.step % self.steps_per_epoch == 0:
+        between = self.steps_per_epoch * config.eval_epochs
+        if self.step % between == 0 or done:
             scores = self.evaluate()
             self.summary = {"epoch": epoch + 1, "step": self.step, **scores}
             self._log(**self.summary)
