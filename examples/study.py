@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-
-import fastvit
 from training import checkpoint
 from training.config import make
 from training.loop import LOG, run
 
-WIDTH = {"embed_dim": 64, "num_heads": 4, "patch_size": 8}
+import fastvit
+
+WIDTH = {"embed_dim": 48, "num_heads": 4, "patch_size": 8}
 STEM_MODELS = {
     "ViT_P": {"model": "vit_p_1gf", "model_kwargs": {**WIDTH, "depth": 4}},
     # As in the paper, the stem takes the place of one block.
@@ -44,7 +44,7 @@ STEM_MODELS = {
         "model_kwargs": {
             **WIDTH,
             "depth": 3,
-            "stem_channels": [16, 32, 64],
+            "stem_channels": [12, 24, 48],
             "stem_strides": [2, 2, 2],
         },
     },
@@ -52,16 +52,16 @@ STEM_MODELS = {
 # Factors of four and five around the best of a short trial.
 RATES = {"adamw": (0.00025, 0.001, 0.004), "sgd": (0.02, 0.1, 0.5)}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 1e-4}
-LENGTHS = (4, 8, 16)
+LENGTHS = (3, 6, 12)
 
-GRID = {"embed_dim": 48, "num_heads": 4, "patch_size": 4, "depth": 4}
+GRID = {"embed_dim": 48, "num_heads": 4, "patch_size": 4, "depth": 3}
 DATA_MODELS = {
     "DeiT": {"model": "deit_tiny", "model_kwargs": GRID},
-    "ConViT": {"model": "convit_tiny", "model_kwargs": {**GRID, "local_up_to_layer": 3}},
+    "ConViT": {"model": "convit_tiny", "model_kwargs": {**GRID, "local_up_to_layer": 2}},
 }
 FRACTIONS = (0.1, 0.3, 1.0)
 #: Passes over all images; with a fraction, as many more passes as give the same number of steps.
-PASSES = 12
+PASSES = 10
 
 COMMON = {
     "data": "mnist5k",
@@ -104,7 +104,7 @@ def stem_runs(seed: int, *, quick: bool) -> list[Run]:
             "weight_decay": WEIGHT_DECAY[optimizer],
             "epochs": 1 if quick else length,
             "warmup_epochs": 0.1 * length if not quick else 0.1,
-            "eval_epochs": 1 if quick else length // 4,
+            "eval_epochs": 1 if quick else length // 3,
             "seed": seed,
         }
         found.append(Run("stem", {**labels, "seed": seed}, settings | (TOY if quick else {})))

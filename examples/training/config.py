@@ -85,8 +85,8 @@ class Config:
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 known = ", ".join(f.metadata["choices"])
                 raise ConfigError(f"{f.name}: expected one of {known}, got {value!r}")
-        positive = ("epochs", "batch_size", "accumulate", "ema_every", "log_steps", "eval_epochs", "lr")
-        for name in positive:
+        counts = ("epochs", "batch_size", "accumulate", "ema_every", "log_steps", "eval_epochs")
+        for name in (*counts, "lr"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not 0 < self.fraction <= 1:
@@ -129,7 +129,7 @@ def make(settings: Mapping[str, Any]) -> Config:
     """
     for name in settings:
         if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
+            near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.0)
             raise ConfigError(f"unknown setting {name!r}: did you mean {near[0]!r}?")
     return Config(**{name: _convert(name, value) for name, value in settings.items()})
 

@@ -226,21 +226,16 @@ class Trainer:
         trouble = self.ranks.from_first(trouble)
         if trouble:
             raise ConfigError(trouble)
-        tensors = ("model", "ema", "optimizer")
-        small = {k: v for k, v in state.items() if k not in tensors} if state else None
-        small = self.ranks.from_first(small)
-        if small is not None:
-            whole = state or {name: {} for name in tensors}
-            parallel.restore(
-                self.ranks, self.model, whole["model"], self.optimizer, whole["optimizer"]
-            )
+        state = self.ranks.from_first(state)
+        if state is not None:
+            parallel.restore(self.model, state["model"], self.optimizer, state["optimizer"])
             if self.average is not None:
-                parallel.restore(self.ranks, self.average, whole["ema"])
-            self.scaler.load_state_dict(small["scaler"])
-            self.step, self.lines, self.summary = small["step"], small["log"], small["summary"]
-            if small["world"] != self.ranks.world:
+                parallel.restore(self.average, state["ema"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.lines, self.summary = state["step"], state["log"], state["summary"]
+            if state["world"] != self.ranks.world:
                 self._say(
-                    f"{small['world']} ranks before, {self.ranks.world} now: the same batches, "
+                    f"{state['world']} ranks before, {self.ranks.world} now: the same batches, "
                     "but sums in another order, so not the same bits"
                 )
             self._say(f"resumed at step {self.step} of {self.total_steps}")

@@ -85,7 +85,9 @@ def shard(model: nn.Module, config: Config, ranks: Ranks) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default the outermost parameters stay gathered after a forward pass without a backward one,
+    # and the moving average would meet the parts of one model and the whole of another.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def replicate(model: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
@@ -128,14 +130,13 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(
-    ranks: Ranks,
     model: nn.Module,
     weights: dict[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_state: dict | None = None,
 ) -> None:
-    """Put what the first rank has read into models and optimisers that are spread anyhow."""
-    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks.world > 1)
+    """Put whole states, the same on every rank, into a model and an optimiser spread anyhow."""
+    options = states.StateDictOptions(full_state_dict=True)
     if optimizer is None:
         states.set_model_state_dict(model, weights, options=options)
         return
