@@ -111,7 +111,10 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.average is not None and (self.step + 1) % config.ema_every == 0:
-            optim.update_average(self.average, self.model, config.ema_decay)
+            # As long as the learning rate rises the average follows at once.
+            warming = self.step < config.warmup_epochs * self.steps_per_epoch
+            decay = 0.0 if warming else config.ema_decay
+            optim.update_average(self.average, self.model, decay)
         return losses, norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _backward(self, batch: data.Batch, slot: int) -> Tensor:
