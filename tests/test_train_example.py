@@ -219,8 +219,12 @@ def test_a_torn_checkpoint_falls_back(
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = run(settings(tmp_path))
+    written = (tmp_path / "summary.json").read_text()
+    # As if it had been killed between its last checkpoint and its summary.
+    (tmp_path / "summary.json").unlink()
     second = run(settings(tmp_path))
     assert {**second, "seconds": 0} == {**first, "seconds": 0}
+    assert (tmp_path / "summary.json").read_text() == written
 
 
 # Ranks
@@ -474,3 +478,38 @@ def test_ranks_of_one_process() -> None:
     assert ranks.first
     assert ranks.from_first({"a": 1}) == {"a": 1}
     assert ranks.total(torch.tensor(2.0)) == 2
+
+
+# The study
+
+
+def test_the_study_in_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import study
+
+    command = ["--quick", "--seeds", "1", "--out", str(tmp_path / "out")]
+    first = study.main([*command, "--draw", str(tmp_path / "pictures")])
+    assert {(r["part"], r["model"]) for r in first} == {
+        ("stem", "ViT_P"), ("stem", "ViT_C"), ("data", "ConViT"), ("data", "DeiT"),
+    }  # fmt: skip
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"data.svg", "gates.svg", "results.json", "stem-curves.svg", "stem-rates.svg"}
+    for name in names - {"results.json"}:
+        assert "validation error" in (tmp_path / "pictures" / name).read_text() or "gate" in name
+    summary = json.loads((tmp_path / "pictures/results.json").read_text())
+    assert [r["val_accuracy"] for r in summary["runs"]] == [r["val_accuracy"] for r in first]
+    # Finished runs are kept: nothing is trained again, and one that is missing alone is made.
+    dropped = next((tmp_path / "out/results").iterdir())
+    content = json.loads(dropped.read_text())
+    dropped.unlink()
+    again = study.main(command)
+    made = json.loads(dropped.read_text())
+    assert {**made, "seconds": 0} == {**content, "seconds": 0}
+    assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in first]
+
+
+def test_the_sizes_of_the_study_are_those_of_its_recipes() -> None:
+    import study
+
+    for name, models in (("vit_p", "ViT_P"), ("vit_c", "ViT_C")):
+        recipe = config.read(EXAMPLES / "recipes" / f"{name}_mnist5k.toml")
+        assert recipe["model_kwargs"] == study.STEM_MODELS[models]["model_kwargs"]

@@ -77,6 +77,9 @@ class Trainer:
                     loss, norm = self._optimize(batches)
                     self.step += 1
                     self._after_step(epoch, loss, norm, progress)
+        if self.ranks.first:
+            text = json.dumps(self.summary, indent=1) + "\n"
+            checkpoint.write(self.folder / SUMMARY, text.encode())
         return self.summary
 
     def _steps(self, epoch: int, first: int) -> Iterator[list[data.Batch]]:
@@ -211,9 +214,6 @@ class Trainer:
                 "log": self.lines,
             },
         )
-        if self.step == self.total_steps:
-            text = json.dumps(self.summary, indent=1) + "\n"
-            checkpoint.write(self.folder / SUMMARY, text.encode())
 
     def _resume(self) -> None:
         """Go on where the newest whole checkpoint of the folder stands, if there is one."""
