@@ -198,12 +198,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="kept results")
     parser.add_argument("--draw", type=Path, help="folder for pictures and summary")
     parser.add_argument("--seeds", type=int, default=2, help="repetitions [2]")
+    parser.add_argument("--part", choices=("stem", "data"), help="train for one question only")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--only-draw", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = []
     for item in all_runs(args.seeds, quick=args.quick):
+        if args.part not in (None, item.part):
+            continue
         if args.only_draw and not (args.out / "results" / f"{item.name}.json").exists():
             continue
         found = result(item, args.out)

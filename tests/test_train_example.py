@@ -436,7 +436,7 @@ def test_json_is_read_too(tmp_path: Path) -> None:
     [
         ({"mixupp": 1.0}, "unknown setting 'mixupp': did you mean 'mixup'"),
         ({"warm_up_epochs": 1.0}, "unknown setting 'warm_up_epochs': did you mean 'warmup_epochs'"),
-        ({"epochs": "3"}, "epochs: expected a int, got '3'"),
+        ({"epochs": "3"}, "epochs: expected int, got '3'"),
         ({"optimizer": "lion"}, "optimizer: expected one of adamw, sgd, got 'lion'"),
         ({"fraction": 0.0}, "fraction: expected more than 0 and at most 1, got 0.0"),
         ({"warmup_epochs": 20.0}, "warmup_epochs: expected fewer than the 10 epochs"),
@@ -454,6 +454,14 @@ def test_a_wrong_setting_is_named(wrong: dict[str, Any], message: str, tmp_path:
     with pytest.raises(config.ConfigError) as error:
         run(config.make({"out": str(tmp_path), **wrong}))
     assert str(error.value).startswith(message)
+
+
+def test_a_diverged_run_writes_json(tmp_path: Path) -> None:
+    run(settings(tmp_path, optimizer="sgd", lr=1e30, clip_grad=0.0, ema_decay=0.0))
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    for text in (*lines, (tmp_path / "summary.json").read_text()):
+        json.loads(text, parse_constant=pytest.fail)
+    assert json.loads(lines[-2])["loss"] is None
 
 
 def test_another_run_is_not_continued(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def _convert(name: str, value: Any) -> Any:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):
-        raise ConfigError(f"{name}: expected a {type(default).__name__}, got {value!r}")
+        raise ConfigError(f"{name}: expected {type(default).__name__}, got {value!r}")
     return value
 
 

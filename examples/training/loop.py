@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +40,11 @@ def build_model(config: Config, images: data.Dataset) -> nn.Module:
             **config.model_kwargs,
         },
     )
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON has, or None."""
+    return value if math.isfinite(value) else None
 
 
 class Trainer:
@@ -140,7 +146,7 @@ class Trainer:
         if self.step % config.log_steps == 0 or done:
             mean = float(self.ranks.total(loss)) / self.ranks.world
             lr = optim.learning_rate(config, self.step - 1, self.steps_per_epoch)
-            self._log(step=self.step, lr=lr, loss=mean, grad_norm=float(norm))
+            self._log(step=self.step, lr=lr, loss=finite(mean), grad_norm=finite(float(norm)))
             progress.show(f"loss {mean:.3f}")
         between = self.steps_per_epoch * config.eval_epochs
         if self.step % between == 0 or done:
@@ -162,7 +168,7 @@ class Trainer:
         gates = self.gates()
         return {**scores, "gates": gates} if gates else scores
 
-    def _score(self, model: nn.Module, prefix: str) -> dict[str, float]:
+    def _score(self, model: nn.Module, prefix: str) -> dict[str, float | None]:
         ranks = self.ranks
         parallel.share_buffers(model, ranks)
         model.eval()
@@ -179,14 +185,14 @@ class Trainer:
             right = (logits.argmax(1) == labels)[:counted]
             sums += torch.stack((losses.double().sum(), right.double().sum()))
         loss, accuracy = (ranks.total(sums) / self.images.num_val).tolist()
-        return {f"{prefix}loss": loss, f"{prefix}accuracy": accuracy}
+        return {f"{prefix}loss": finite(loss), f"{prefix}accuracy": accuracy}
 
-    def gates(self) -> list[list[float]]:
+    def gates(self) -> list[list[float | None]]:
         """Of each GPSA layer, the share of position of each head: 1 is all position."""
         layers = [m for m in self.model.modules() if isinstance(m, fastvit.GPSA)]
         values = [layer.gating_param.detach() for layer in layers]
         whole = [v.full_tensor() if hasattr(v, "full_tensor") else v for v in values]
-        return [torch.sigmoid(v.float()).tolist() for v in whole]
+        return [[finite(g) for g in torch.sigmoid(v.float()).tolist()] for v in whole]
 
     def _log(self, **entry: Any) -> None:
         self.lines.append(json.dumps(entry))
