@@ -120,7 +120,7 @@ def launch(ranks: int, out: Path, **changes: Any) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -237,8 +237,9 @@ def test_accumulation_and_ranks(tmp_path: Path) -> None:
     run(settings(tmp_path / "one"))
     run(settings(tmp_path / "halves", accumulate=2))
     assert_close(tmp_path / "halves", tmp_path / "one")
-    launch(2, tmp_path / "fsdp", parallel="fsdp")
-    assert_close(tmp_path / "fsdp", tmp_path / "one")
+    for parallel in ("ddp", "fsdp"):
+        launch(2, tmp_path / parallel, parallel=parallel)
+        assert_close(tmp_path / parallel, tmp_path / "one")
     # The file is the same kind: what one rank wrote goes on in parts on two, and back.
     (tmp_path / "one" / checkpoint.PREVIOUS).rename(tmp_path / "early.pt")
     for name, ranks in (("parts", 2), ("back", 1)):
@@ -255,9 +256,6 @@ def test_accumulation_and_ranks(tmp_path: Path) -> None:
 
 def test_mixing_and_drop_path_on_two_ranks(tmp_path: Path) -> None:
     """What is random depends on the slots, ranks times accumulation, and not on the ranks."""
-    run(settings(tmp_path / "halves", accumulate=2, **MIXED))
-    launch(2, tmp_path / "ddp", **MIXED)
-    assert_close(tmp_path / "ddp", tmp_path / "halves")
     launch(2, tmp_path / "quarters", accumulate=2, **MIXED)
     run(settings(tmp_path / "four", accumulate=4, **MIXED))
     assert_close(tmp_path / "quarters", tmp_path / "four")
