@@ -54,14 +54,16 @@ RATES = {"adamw": (0.001, 0.004, 0.016), "sgd": (0.02, 0.1, 0.5)}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 1e-4}
 LENGTHS = (3, 6, 12)
 
-GRID = {"embed_dim": 48, "num_heads": 4, "patch_size": 4, "depth": 3}
+GRID = {"embed_dim": 48, "num_heads": 4, "patch_size": 7, "depth": 3}
 DATA_MODELS = {
     "DeiT": {"model": "deit_tiny", "model_kwargs": GRID},
     "ConViT": {"model": "convit_tiny", "model_kwargs": {**GRID, "local_up_to_layer": 2}},
 }
+#: With 0.001 both were far from fitted, and 30 % of the images did worse than 10 %.
+DATA_RATE = 0.004
 FRACTIONS = (0.1, 0.3, 1.0)
 #: Passes over all images; with a fraction, as many more passes as give the same number of steps.
-PASSES = 10
+PASSES = 15
 
 COMMON = {
     "data": "mnist5k",
@@ -118,7 +120,7 @@ def data_runs(seed: int, *, quick: bool) -> list[Run]:
         settings = {
             **COMMON,
             **DATA_MODELS[model],
-            "lr": 0.001,
+            "lr": DATA_RATE,
             "weight_decay": 0.05,
             "fraction": fraction,
             "epochs": epochs,

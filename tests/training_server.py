@@ -9,6 +9,7 @@ of the output is the child's exit code, negative for a signal.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -18,13 +19,17 @@ import sys
 import time
 from pathlib import Path
 
-import numpy  # noqa: F401  (so that children need not)
 import torch
-from torch.distributed.checkpoint import state_dict  # noqa: F401
 
-import fastvit  # noqa: F401
+# Imported here so that children need not: the first step of an optimiser imports torch._dynamo.
+import torch._dynamo
+
+import fastvit.models  # noqa: F401
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
+sys.path.insert(0, str(TRAIN.parent))
+
+importlib.import_module("training.loop")
 
 
 def die_at(call: str, count: int) -> None:
