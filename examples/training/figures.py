@@ -172,7 +172,7 @@ def draw_gates(results: Sequence[Result], path: Path) -> Path:
         axis.set_title(f"GPSA layer {layer}")
         axis.set_xlabel("epoch")
     axes[0][0].set_ylabel("gate: share of position")
-    axes[0][0].legend(ncols=2)
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return _save(figure, path)
 
