@@ -129,7 +129,9 @@ def data_runs(seed: int, *, quick: bool) -> list[Run]:
             "seed": seed,
         }
         labels = {"model": model, "fraction": fraction, "seed": seed}
-        found.append(Run("data", labels, settings | (TOY if quick else {})))
+        # Twice the patch of seven.
+        toy = {**TOY, "img_size": 14} if quick else {}
+        found.append(Run("data", labels, settings | toy))
     return found
 
 
