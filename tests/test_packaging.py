@@ -155,7 +155,7 @@ def test_the_metadata_asks_for_torch_alone(distributions):
         assert b"fastvit = fastvit.__main__:main" in archive.read(f"{record}/entry_points.txt")
     always = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
     assert always == ["torch>=2.11"]
-    assert set(metadata.get_all("Provides-Extra")) == {"bench", "docs", "examples", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "docs", "examples", "test", "train"}
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
 
