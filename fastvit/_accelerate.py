@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastvit._report import NotAccelerated, Report
 from fastvit.inspection import evaluating
-from fastvit.integrations.adapter import Accelerated, Setting, put_back, swap
-from fastvit.integrations.plan import LEFT_OUT, Plan, entry, notes, plan
+from fastvit.integrations.adapter import Accelerated, Setting, Undo, check_uncovered, put_back, swap
+from fastvit.integrations.plan import BACKEND, LEFT_OUT, Plan, backend_refusal, entry, notes, plan
 from fastvit.integrations.recognition import IS_OURS
 from fastvit.integrations.survey import candidates, is_compiled
 from fastvit.ops.backend import AUTO, OPS, checked, choose, nearest, requested
@@ -81,7 +81,7 @@ def accelerate(
     planned = plan(model, layers, setting, where)
     modules = [module for module, _ in planned.swaps.values()]
     call = object()
-    found = Report(planned.swapped, planned.skipped, lambda: _undo(modules, call))
+    found = Report(planned.swapped, planned.skipped, Undo(modules, call))
     _insist(found, model, strict, backend)
     try:
         for module, mixin in planned.swaps.values():
@@ -91,7 +91,7 @@ def accelerate(
         _warn_of_geometry(model, planned)
         _logger.info("accelerate(%s): %s", kind, found.counts())
     except BaseException:
-        _undo(modules, call)
+        found.undo()
         raise
     return found
 
@@ -108,11 +108,7 @@ def restore(model: nn.Module) -> int:
     """
     found = [(name, m) for name, m in _modules(model) if isinstance(m, Accelerated)]
     for name, module in found:
-        if "_original" not in type(module).__dict__:
-            raise RuntimeError(
-                f"restore: expected the class that accelerate gave to {name!r}, got "
-                f"{type(module).__qualname__}, which was put over it since"
-            )
+        check_uncovered(module, repr(name))
     for _, module in found:
         put_back(module)
     return len(found)
@@ -127,13 +123,17 @@ def report(model: nn.Module) -> Report:
     _modules(model)
     swapped, skipped = {}, []
     for found in candidates(model):
-        if isinstance(found.module, Accelerated):
-            call = found.module._call(found.module)
-            backend = choose(call, requested(found.module._backend))
-            swapped[found.name] = entry(found, backend, "")
-        else:
-            reason = found.reason or "fastvit.accelerate has not been called"
+        module = found.module
+        reason = found.reason
+        if not reason and isinstance(module, Accelerated):
+            reason = backend_refusal(module, module._mixin, module._backend)
+        if not isinstance(module, Accelerated):
+            reason = reason or "fastvit.accelerate has not been called"
+        if reason:
             skipped.append(entry(found, "", reason))
+        elif isinstance(module, Accelerated):
+            backend = choose(module._call(module), requested(module._backend))
+            swapped[found.name] = entry(found, backend, "")
     for name, note in notes(model, swapped):
         swapped[name] = swapped[name]._replace(reason=note)
     return Report(tuple(swapped.values()), tuple(skipped))
@@ -190,7 +190,7 @@ def _insist(found: Report, model: nn.Module, strict: bool, backend: str) -> None
         )
     if found or len(wanted) < len(found.skipped):
         return
-    if backend != AUTO and wanted:
+    if any(e.reason.startswith(BACKEND) for e in wanted) and backend != AUTO:
         raise NotAccelerated(
             f"backend: {backend!r} was asked for and runs no layer of this {kind}; "
             f"backend='auto' takes one that can\n{found}",
@@ -200,11 +200,6 @@ def _insist(found: Report, model: nn.Module, strict: bool, backend: str) -> None
         f"fastvit.accelerate swapped nothing in this {kind}; print(fastvit.report(model)) says why",
         stacklevel=3,
     )
-
-
-def _undo(modules: list[nn.Module], call: object) -> None:
-    for module in modules:
-        put_back(module, call)
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -227,10 +222,11 @@ def _largest_difference(before: list[Tensor], after: list[Tensor], found: Report
     for expected, got in zip(before, after, strict=True):
         if not expected.is_floating_point() or expected.numel() == 0:
             continue
-        scale = expected[expected.isfinite()].abs().amax().double().item() or 1.0
+        finite = expected[expected.isfinite()]
+        scale = finite.abs().amax().double().item() if finite.numel() else 0.0
         same = (got == expected) | (got.isnan() & expected.isnan())
         difference = (got.double() - expected.double()).abs().masked_fill(same, 0.0)
-        error = difference.nan_to_num(math.inf, math.inf).amax().item() / scale
+        error = difference.nan_to_num(math.inf, math.inf).amax().item() / (scale or 1.0)
         limit = math.sqrt(torch.finfo(expected.dtype).eps)
         if error > limit:
             raise NotAccelerated(

@@ -34,8 +34,11 @@ class NotAccelerated(RuntimeError):
     """
 
     def __init__(self, message: str, report: Report) -> None:
-        super().__init__(message)
+        super().__init__(message, report)
         self.report = report
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Report:
@@ -62,9 +65,13 @@ class Report:
 
     def undo(self) -> None:
         """Put back what this call of :func:`fastvit.accelerate` changed; once, then no more."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
+        if self._undo is not None:
+            self._undo()
+        self._undo = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a model in this process.
+        return {**self.__dict__, "_undo": None}
 
     def __enter__(self) -> Report:
         return self

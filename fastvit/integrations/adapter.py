@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastvit.layers.tracing import Leaf
 from fastvit.ops.backend import Call, requested
 from fastvit.ops.library import plain_ops_wanted
 
@@ -19,11 +21,42 @@ class Setting(NamedTuple):
     backend: str | None
     #: "train" or "infer".
     mode: str
-    #: In mode "infer", what was made of the parameters; None where that would gain nothing.
-    frozen: Any = None
 
 
-class Accelerated(nn.Module):
+class Frozen(NamedTuple):
+    """In mode "infer", what was made of parameters and buffers, and those with their versions."""
+
+    made: Any
+    sources: tuple[tuple[Tensor, int], ...]
+
+    @classmethod
+    def of(cls, made: Any, *sources: Tensor) -> Frozen:
+        return cls(made, tuple((x, _version(x)) for x in sources))
+
+    def get(self, *sources: Tensor) -> Any:
+        """What was made.
+
+        Raises:
+            RuntimeError: the sources are others now, or were changed in place.
+        """
+        if not torch.compiler.is_compiling():
+            kept = self.sources
+            if len(kept) != len(sources) or not all(
+                x is y and version == _version(x)
+                for x, (y, version) in zip(sources, kept, strict=True)
+            ):
+                raise RuntimeError(
+                    "accelerated with mode='infer', a snapshot of parameters that have changed "
+                    "since: fastvit.restore(model), and accelerate it again"
+                )
+        return self.made
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class Accelerated(Leaf, nn.Module):
     """Base of the adapters. Classes of modules are made from it by :func:`adapted_class`, so that
     ``super().forward`` is the library's own. Names begin with an underscore, since a child of the
     library's module may have any other.
@@ -67,9 +100,23 @@ class Accelerated(nn.Module):
         """Tell the library of the new class, where it has to know."""
 
     @classmethod
-    def _freeze(cls, module: Any) -> Any:
+    def _freeze(cls, module: Any) -> Frozen | None:
         """What derives from the parameters and is worth keeping, or None."""
         return None
+
+    def _set(self, setting: Setting) -> None:
+        frozen = None
+        if setting.mode == "infer":
+            with torch.no_grad():
+                frozen = self._freeze(self)
+        self.__dict__.update(_fastvit=setting, _fastvit_frozen=frozen)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """For DataParallel: the snapshot is on one device, and other caches are of the original."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("_fastvit_parts", None)
+        replica.__dict__["_fastvit_frozen"] = None
+        return replica
 
     def _refuse_gradients(self, x: Tensor) -> None:
         """In mode "infer", raise RuntimeError if a gradient would be asked for."""
@@ -92,8 +139,7 @@ class Accelerated(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Another device or dtype: what was frozen follows."""
         applied = super()._apply(*args, **kwargs)
-        if self._fastvit.frozen is not None:
-            self.__dict__["_fastvit"] = self._fastvit._replace(frozen=self._freeze(self))
+        self._set(self._fastvit)
         return applied
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -106,8 +152,15 @@ class Accelerated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the two classes that this one was made of, which both have names."""
-        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
-        return _new, (self._mixin, self._original), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
+        made_again = ("_fastvit_frozen", "_fastvit_parts")
+        state = {k: v for k, v in state.items() if k not in made_again}
+        return _new, (self._mixin, self._original), state, *rest
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._set(self._fastvit)
 
 
 def swap(module: nn.Module, mixin: type[Accelerated], setting: Setting, call: object) -> None:
@@ -116,29 +169,54 @@ def swap(module: nn.Module, mixin: type[Accelerated], setting: Setting, call: ob
     ``call`` stands for the call of :func:`fastvit.accelerate`, which may be undone before or after
     others.
     """
-    if setting.mode == "infer":
-        if module.training:
-            raise ValueError("mode: 'infer' expects a model in eval(), got one in train()")
-        setting = setting._replace(frozen=mixin._freeze(module))
+    if setting.mode == "infer" and any(part.training for part in module.modules()):
+        raise ValueError("mode: 'infer' expects a model in eval(), got one in train()")
     original = module._original if isinstance(module, Accelerated) else type(module)
     calls = {**module.__dict__.get("_fastvit_calls", {}), call: setting}
     adapted = adapted_class(mixin, original)
     module.__class__ = adapted
-    module.__dict__.update(_fastvit=setting, _fastvit_calls=calls)
+    module.__dict__["_fastvit_calls"] = calls
+    module._set(setting)  # type: ignore[operator]
+
+
+def check_uncovered(module: Accelerated, name: str = "") -> None:
+    """Raise RuntimeError if another class was put over that of :func:`swap`."""
+    if "_original" not in type(module).__dict__:
+        raise RuntimeError(
+            f"restore: expected the class that accelerate gave to {name or 'a layer'}, got "
+            f"{type(module).__qualname__}, which was put over it since"
+        )
 
 
 def put_back(module: nn.Module, *calls: object) -> None:
     """Undo :func:`swap` for some calls, or for all if none is named."""
     if not isinstance(module, Accelerated):
         return
+    check_uncovered(module)
     kept = module.__dict__
     left = {c: s for c, s in kept["_fastvit_calls"].items() if calls and c not in calls}
     if left:
-        kept.update(_fastvit=next(reversed(left.values())), _fastvit_calls=left)
+        kept["_fastvit_calls"] = left
+        module._set(next(reversed(left.values())))
         return
     module.__class__ = module._original  # type: ignore[assignment]
     for name in [name for name in kept if name.startswith("_fastvit")]:
         del kept[name]
+
+
+class Undo:
+    """What undoes one call of :func:`fastvit.accelerate`; it does not keep the model alive."""
+
+    def __init__(self, modules: list[nn.Module], call: object) -> None:
+        self._modules = [weakref.ref(module) for module in modules]
+        self._call = call
+
+    def __call__(self) -> None:
+        modules = [module for ref in self._modules if isinstance(module := ref(), Accelerated)]
+        for module in modules:
+            check_uncovered(module)
+        for module in modules:
+            put_back(module, self._call)
 
 
 #: The classes that were made, by the two that they were made of.

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.integrations.adapter import Accelerated
+from fastvit.integrations.adapter import Accelerated, Frozen
 from fastvit.layers import gpsa, mhsa
-from fastvit.layers.children import is_plain, stacked_parameters
+from fastvit.layers.children import dropout_rate, is_plain, stacked_parameters
 from fastvit.ops.backend import Call
 
 
@@ -31,8 +31,12 @@ class AcceleratedGPSA(Accelerated):
         return super()._call(module)._replace(channels=module.dim // module.num_heads)
 
     @classmethod
-    def _freeze(cls, module: Any) -> Any:
-        return stacked_parameters((module.qk, module.v)) if module.v.weight.is_cuda else None
+    def _freeze(cls, module: Any) -> Frozen | None:
+        layers = (module.qk, module.v)
+        if not all(is_plain(layer, nn.Linear) and layer.weight.is_cuda for layer in layers):
+            return None
+        made = stacked_parameters(layers)
+        return None if made is None else Frozen.of(made, *_parameters(*layers))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._serves(x, 3) or not gpsa.is_fusible(self):
@@ -41,7 +45,17 @@ class AcceleratedGPSA(Accelerated):
         side = int(x.shape[1] ** 0.5)
         if side * side != x.shape[1]:
             return super().forward(x)
-        return gpsa.fused_gpsa(self, x, (side, side), self._backend, self._fastvit.frozen)
+        return gpsa.fused_gpsa(self, x, (side, side), self._backend, self._stack())
+
+    def _stack(self) -> Any:
+        """``qk`` and ``v`` as they were stacked in mode "infer"; None if they are to be called."""
+        frozen: Frozen | None = self.__dict__["_fastvit_frozen"]
+        layers: Any = (self.qk, self.v)
+        if frozen is None or not all(is_plain(layer, nn.Linear) for layer in layers):
+            return None
+        if nn.modules.module._has_any_global_hook():
+            return None
+        return frozen.get(*_parameters(*layers))
 
     def get_attention(self, x: Tensor) -> Tensor:
         """The mixed attention map (B, H, N, N), by the library's own arithmetic."""
@@ -89,12 +103,19 @@ class AcceleratedAttention(Accelerated):
         masked = any(a is not None and a is not False for a in (*args, *kwargs.values()))
         if masked or not self._serves(x, 3) or self._refusal(self) is not None:
             return super().forward(x, *args, **kwargs)
-        # timm gives its scale to its own arithmetic, and not to PyTorch's.
-        scale = None if getattr(self, "fused_attn", False) else self.scale
-        return mhsa.fused_mhsa(self, x, scale, self._backend)  # type: ignore[arg-type]
+        scale: Any = self.scale
+        dropout = dropout_rate(self.attn_drop)  # type: ignore[arg-type]
+        if getattr(self, "fused_attn", False):
+            # What timm gives to PyTorch's kernel is not what it takes for its own arithmetic.
+            scale, dropout = None, self.attn_drop.p if self.training else 0.0  # type: ignore[union-attr, assignment]
+        return mhsa.fused_mhsa(self, x, scale, dropout, self._backend)
 
 
 _IDENTITY = nn.Identity()
+
+
+def _parameters(*layers: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(p for layer in layers for p in layer._parameters.values() if p is not None)
 
 
 def _watched(name: str, child: nn.Module, kind: type[nn.Module]) -> str:

@@ -147,9 +147,10 @@ class AcceleratedPatchEmbed(AcceleratedEmbedding):
         if not self._serves(images, 4):
             return False
         assert isinstance(images, Tensor)
-        conv = self._projection(self)
-        if conv is not self and not is_plain(conv, nn.Conv2d):
+        # Options of the convolution are plain attributes, and people change them.
+        if self._refusal(self) is not None:
             return False
+        conv = self._projection(self)
         (height, width), (ph, pw) = images.shape[-2:], conv.kernel_size
         return (
             images.shape[1] == conv.in_channels
@@ -171,11 +172,11 @@ class AcceleratedConv2d(AcceleratedPatchEmbed):
     def _projection(cls, module: Any) -> nn.Conv2d:
         return module
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._fits(x):
-            return super().forward(x)
-        (height, width), (ph, pw) = x.shape[-2:], self._projection(self).kernel_size
-        return self._fused(x).transpose(1, 2).unflatten(2, (height // ph, width // pw))
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._fits(input):
+            return super().forward(input)
+        (height, width), (ph, pw) = input.shape[-2:], self._projection(self).kernel_size
+        return self._fused(input).transpose(1, 2).unflatten(2, (height // ph, width // pw))
 
 
 class AcceleratedModel(Accelerated):

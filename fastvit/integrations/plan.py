@@ -12,11 +12,14 @@ from fastvit._report import Entry
 from fastvit.integrations.adapter import Accelerated, Setting
 from fastvit.integrations.embedding import AcceleratedEmbedding, AcceleratedModel
 from fastvit.integrations.recognition import model_adapter_of
-from fastvit.integrations.survey import Candidate, candidates
+from fastvit.integrations.survey import Candidate, candidates, lenient_refusal
 from fastvit.ops.backend import AUTO, choose, refusal, requested
 
 #: Why a layer stays that ``where`` is false for.
 LEFT_OUT = "left out by where"
+
+#: How the reason begins where a backend does not run a layer.
+BACKEND = "backend"
 
 Swaps = dict[str, tuple[nn.Module, type[Accelerated]]]
 
@@ -45,7 +48,7 @@ def plan(
         if where is not None and not where(found.name, found.module):
             reason = LEFT_OUT
         else:
-            reason = found.reason or _backend_refusal(found, setting)
+            reason = found.reason or backend_refusal(found.module, found.adapter, setting.backend)
         if reason:
             skipped.append(entry(found, "", reason))
             continue
@@ -54,7 +57,7 @@ def plan(
         backend = choose(found.adapter._call(found.module), requested(setting.backend))
         swapped[found.name] = entry(found, backend, "")
     for name, module, adapter, embedding in _around(model, swaps):
-        refusal_of_model = adapter._refusal(module)
+        refusal_of_model = lenient_refusal(module, adapter)
         if refusal_of_model is None:
             swaps[name] = module, adapter
         note = _note(adapter, refusal_of_model)
@@ -71,17 +74,19 @@ def entry(found: Candidate, backend: str, reason: str) -> Entry:
     return Entry(found.name, kind.__qualname__, found.layer, backend, reason)
 
 
-def _backend_refusal(found: Candidate, setting: Setting) -> str:
-    name = requested(setting.backend)
-    assert found.adapter is not None
-    reason = None if name == AUTO else refusal(found.adapter._call(found.module), name)
-    return "" if reason is None else f"backend {name!r}: {reason}"
+def backend_refusal(module: nn.Module, adapter: type[Accelerated] | None, asked: str | None) -> str:
+    """Why the backend that is asked for, or set for the process, does not run a layer, or empty."""
+    name = requested(asked)
+    if name == AUTO or adapter is None:
+        return ""
+    reason = refusal(adapter._call(module), name)
+    return "" if reason is None else f"{BACKEND} {name!r}: {reason}"
 
 
 def notes(model: nn.Module, swapped: Collection[str]) -> Iterator[tuple[str, str]]:
     """What the report says of the embeddings among layers that are swapped, by name."""
     for _, module, adapter, embedding in _around(model, swapped):
-        note = _note(adapter, adapter._refusal(module))
+        note = _note(adapter, lenient_refusal(module, adapter))
         if isinstance(module, AcceleratedModel) and note:
             yield embedding, note
 
@@ -106,7 +111,7 @@ def _around(
             continue
         embedding = embeddings.get(f"{name}.{adapter._embedding}" if name else adapter._embedding)
         if embedding is not None:
-            if adapter._refusal(module) is None:
+            if lenient_refusal(module, adapter) is None:
                 embeddings[name] = embedding
             yield name, module, adapter, embedding
 

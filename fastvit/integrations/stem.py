@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from fastvit.integrations.adapter import Frozen
 from fastvit.integrations.embedding import AcceleratedEmbedding
 from fastvit.layers.children import is_plain
 from fastvit.layers.conv_stem import Stage, fused_conv_stem, is_fusible, stem_parts
+from fastvit.ops.backend import AUTO, requested
 from fastvit.ops.conv_stem_torch import Folded, Stages, fold, infer_folded
 from fastvit.ops.library import autocast_dtype
 from fastvit.reference import assemble_tokens, stage_grids
@@ -25,7 +26,7 @@ class _Parts(NamedTuple):
 
     stages: tuple[Stage, ...]
     projection: nn.Conv2d
-    places: tuple[tuple[nn.Module, str, nn.Module], ...]
+    places: tuple[tuple[nn.Module | None, str, nn.Module], ...]
     #: Activations, and what only holds the others.
     rest: tuple[nn.Module, ...]
     norms: tuple[type[nn.BatchNorm2d], ...]
@@ -58,7 +59,8 @@ class AcceleratedStem(AcceleratedEmbedding):
         """
         parts: _Parts | None = self.__dict__.get("_fastvit_parts")
         if parts is None or not all(
-            parent._modules.get(name) is child for parent, name, child in parts.places
+            (self if parent is None else parent)._modules.get(name) is child
+            for parent, name, child in parts.places
         ):
             parts = None
             if self._refusal(self) is None:
@@ -92,28 +94,37 @@ class AcceleratedStem(AcceleratedEmbedding):
         )
 
     @classmethod
-    def _freeze(cls, module: nn.Module) -> Folded | None:
+    def _freeze(cls, module: nn.Module) -> Frozen | None:
         """The batch norms in the weights, on a processor; kernels scale what they have summed."""
-        (stages, projection) = stem_parts(module)
-        if projection.weight.device.type != "cpu" or stages[0][1].running_mean is None:
+        stages, projection = stem_parts(module)
+        first: Any = stages[0][1]
+        if projection.weight.device.type != "cpu" or first.running_mean is None:
             return None
-        with torch.no_grad():
-            norms: list[Any] = [norm for _, norm in stages]
-            parts = Stages(
-                [conv.weight for conv, _ in stages],
-                [norm.weight for norm in norms],
-                [norm.bias for norm in norms],
-                [norm.running_mean for norm in norms],
-                [norm.running_var for norm in norms],
-                [conv.stride[0] for conv, _ in stages],
+        columns = [list(column) for column in zip(*map(_tensors, stages), strict=True)]
+        strides = [conv.stride[0] for conv, _ in stages]
+        folded = fold(Stages(*columns, strides), first.eps)  # type: ignore[call-arg]
+        return Frozen.of(folded, *(x for stage in stages for x in _tensors(stage)))
+
+    def _folded(self, parts: _Parts) -> Folded | None:
+        """The snapshot, where it is to be used."""
+        frozen: Frozen | None = self.__dict__["_fastvit_frozen"]
+        if frozen is None or autocast_dtype(parts.projection.weight) is not None:
+            return None
+        if requested(self._backend) not in (AUTO, "torch"):
+            return None
+        if parts.stages[0][1].training:
+            raise RuntimeError(
+                "accelerated with mode='infer', which takes no statistics of a batch: "
+                "fastvit.restore(model) first"
             )
-            return fold(parts, norms[0].eps)
+        folded: Folded = frozen.get(*(x for stage in parts.stages for x in _tensors(stage)))
+        return folded._replace(strides=[conv.stride[0] for conv, _ in parts.stages])
 
     def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
         parts = self._parts()
         assert parts is not None
-        folded, conv = self._fastvit.frozen, parts.projection
-        if folded is not None and autocast_dtype(conv.weight) is None:
+        folded, conv = self._folded(parts), parts.projection
+        if folded is not None:
             tokens = infer_folded(images, folded, conv.weight, conv.bias)
             options = {"pos_embed": None, "cls_token": None, **token_parameters}
             return assemble_tokens(tokens, **options)
@@ -121,19 +132,28 @@ class AcceleratedStem(AcceleratedEmbedding):
             parts.stages, parts.projection, images, backend=self._backend, **token_parameters
         )
 
-    def forward(self, x: Any) -> Any:
-        if not self._fits(x):
-            return super().forward(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Named differently by the libraries.
+        x = (*args, *kwargs.values(), None)[0]
+        if len(args) + len(kwargs) != 1 or not self._fits(x):
+            return super().forward(*args, **kwargs)
         parts = self._parts()
         assert parts is not None
         grid = stage_grids(x.shape[-2:], [conv.stride[0] for conv, _ in parts.stages])[-1]
         return self._fused(x).transpose(1, 2).unflatten(2, grid)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _tensors(stage: Stage) -> tuple[Any, ...]:
+    """What a stage in eval is computed with."""
+    conv, norm = stage
+    return conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _places(module: nn.Module) -> Iterator[tuple[nn.Module | None, str, nn.Module]]:
+    """Parent, name and child; None for the module itself, which is to keep no reference to it."""
     for parent in module.modules():
         for name, child in parent.named_children():
-            yield parent, name, child
+            yield None if parent is module else parent, name, child
 
 
 def _norm_classes(stages: list[Stage]) -> tuple[type[nn.BatchNorm2d], ...] | str:

@@ -63,6 +63,10 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
 
 def _candidate(name: str, module: nn.Module, makes_patches: bool) -> Candidate | None:
     if isinstance(module, Accelerated):
+        if "_original" not in type(module).__dict__:
+            kind = type(module).__qualname__
+            reason = f"the class {kind} was put over it after it was accelerated"
+            return Candidate(name, module, module._layer, None, reason)
         if isinstance(module, AcceleratedModel):
             return None
         return Candidate(name, module, module._layer, module._mixin, "")
@@ -70,8 +74,8 @@ def _candidate(name: str, module: nn.Module, makes_patches: bool) -> Candidate |
     if adapter is None:
         found = likeness_of(module)
         return None if found is None else Candidate(name, module, found.layer, None, found.reason)
-    reason = refusal_of(module, adapter)
-    return Candidate(name, module, adapter._layer, None if reason else adapter, reason or "")
+    refusal = refusal_of(module, adapter)
+    return Candidate(name, module, adapter._layer, None if refusal else adapter, refusal or "")
 
 
 def refusal_of(module: nn.Module, adapter: type[Accelerated]) -> str | None:
@@ -80,10 +84,14 @@ def refusal_of(module: nn.Module, adapter: type[Accelerated]) -> str | None:
         return "it was given a forward of its own"
     if not any(p.is_floating_point() for p in module.parameters()):
         return "it has no floating parameters: is it quantised?"
+    return lenient_refusal(module, adapter)
+
+
+def lenient_refusal(module: nn.Module, adapter: type[Accelerated]) -> str | None:
+    """That of the adapter, also of a copy of the authors' file that somebody edited."""
     try:
         return adapter._refusal(module)
     except AttributeError as error:
-        # A copy of the authors' file that somebody edited.
         return f"it is not what its name says: {error}"
 
 

@@ -21,6 +21,8 @@ class VisionTransformer(AcceleratedModel):
 
     @classmethod
     def _refusal(cls, module: Any) -> str | None:
+        if "_process_input" in module.__dict__:
+            return "it was given a _process_input of its own"
         encoder = type(module.encoder)
         if f"{encoder.__module__}.{encoder.__qualname__}" != _ENCODER:
             return f"its encoder is a {encoder.__qualname__}"

@@ -139,10 +139,10 @@ def is_fusible(
         projection: the last convolution.
         norms: classes of batch norms to accept besides PyTorch's.
     """
-    if not is_plain(projection, nn.Conv2d):
+    if not is_plain(projection, nn.Conv2d) or not _has_usual_options(projection, 0):
         return False
     for conv, norm in stages:
-        if not is_plain(conv, nn.Conv2d):
+        if not is_plain(conv, nn.Conv2d) or not _has_usual_options(conv, 1):
             return False
         if not is_plain(norm, *_NORMS, *norms):
             return False
@@ -190,6 +190,17 @@ def fused_conv_stem(
             if norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
     return tokens
+
+
+def _has_usual_options(conv: Any, padding: int) -> bool:
+    """Whether a convolution of a stem is what it was built as: options are plain attributes."""
+    return (
+        conv.padding == (padding, padding)
+        and conv.stride in (((1, 1), (2, 2)) if padding else ((1, 1),))
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
 
 
 def _stage(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> ConvStage:
@@ -245,16 +256,21 @@ def stem_parts(
     """
     if isinstance(module, reference.ConvStem):
         return [(stage.conv, stage.bn) for stage in module.stages], module.projection.conv
+    expected = "expected (3x3 Conv2d, BatchNorm2d, ReLU) stages and a 1x1 Conv2d with bias"
+    for part in module.modules():
+        if not _runs_in_order(part):
+            kind = type(part).__qualname__
+            raise TypeError(f"module: {expected}, got a {kind} with a forward of its own")
     layers = [m for m in module.modules() if isinstance(m, _STEM_LAYERS) or _is_foreign(m)]
     *body, projection = layers or [module]
-    expected = "expected (3x3 Conv2d, BatchNorm2d, ReLU) stages and a 1x1 Conv2d with bias"
     if not body or len(body) % 3:
         raise TypeError(f"module: {expected}, got {[type(m).__name__ for m in layers]}")
     stages: list[Any] = list(zip(*[iter(body)] * 3, strict=True))
     for i, (conv, norm, activation) in enumerate(stages):
         misfit = _misfit(conv, kernel_size=3, strides=(1, 2), bias=False)
         for layer, kinds in ((norm, _NORMS), (activation, (nn.ReLU,))):
-            if not isinstance(layer, kinds):
+            # Of a ReLU exactly: another forward is another activation.
+            if not isinstance(layer, kinds) or (nn.ReLU in kinds and type(layer) is not nn.ReLU):
                 misfit = misfit or f"a {type(layer).__name__} in the place of a {kinds[0].__name__}"
         # PyTorch's conversion keeps the ReLU of timm's batch norm, and runs it no more.
         if type(norm) in _NORMS and next(norm.children(), None) is not None:
@@ -273,6 +289,25 @@ def stem_parts(
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _STEM_LAYERS = (nn.Conv2d, *_NORMS, nn.ReLU)
+
+
+#: Containers of other libraries that run their children in the order in which they have them.
+_CHAINS = (
+    "timm.layers.conv_bn_act.ConvNormAct",
+    "timm.layers.norm_act.BatchNormAct2d",
+    "pycls.models.vit.ViTStemConv",
+)
+
+
+def _runs_in_order(module: nn.Module) -> bool:
+    """Whether a module is a layer, or does nothing but run its children one after the other."""
+    if next(module.children(), None) is None:
+        return True
+    kind = getattr(type(module), "_original", type(module))
+    if kind.forward is nn.Sequential.forward and not module._parameters:
+        return True
+    # A batch norm that keeps an activation is looked at by itself.
+    return f"{kind.__module__}.{kind.__qualname__}" in _CHAINS or kind in _NORMS
 
 
 def _is_foreign(module: nn.Module) -> bool:

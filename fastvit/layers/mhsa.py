@@ -42,7 +42,7 @@ class MHSA(Leaf, reference.MHSA):
         if requested(self.backend) == "reference" or not is_fusible(self):
             return super().forward(x)
         check_tokens(x, self.dim)
-        return fused_mhsa(self, x, self.scale, self.backend)
+        return fused_mhsa(self, x, self.scale, dropout_rate(self.attn_drop), self.backend)
 
 
 def is_fusible(layer: Any) -> bool:
@@ -50,14 +50,16 @@ def is_fusible(layer: Any) -> bool:
     return is_plain(layer.attn_drop, nn.Dropout, nn.Identity)
 
 
-def fused_mhsa(layer: Any, x: Tensor, scale: float | None, backend: str | None) -> Tensor:
+def fused_mhsa(
+    layer: Any, x: Tensor, scale: float | None, dropout_p: float, backend: str | None
+) -> Tensor:
     """The forward of an attention layer, ours or another library's, on ``x`` (B, N, dim)."""
     B, N, _ = x.shape
     qkv = project(layer.qkv, x)
     out = attention_qkvpacked(
         qkv.reshape(B, N, 3, layer.num_heads, qkv.shape[-1] // (3 * layer.num_heads)),
         scale=scale,
-        dropout_p=dropout_rate(layer.attn_drop),
+        dropout_p=dropout_p,
         backend=backend,
     )
     return layer.proj_drop(project(layer.proj, out.transpose(1, 2).flatten(2)))

@@ -62,7 +62,9 @@ def checked(name: str, what: str = "backend") -> str:
 class _ThreadOverride(threading.local):
     """What :func:`backend` asks for in the thread that entered it."""
 
-    name: str | None = None
+    def __init__(self) -> None:
+        # In every thread, not in the class: torch.compile guards on what the object itself has.
+        self.name: str | None = None
 
 
 _override = _ThreadOverride()

@@ -35,11 +35,17 @@ def count(op: Any, formula: Formula) -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Finds the counter as the other finders do, and registers the formulas when it has run."""
 
+    def __init__(self) -> None:
+        self._asking_others = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != _COUNTER or self not in sys.meta_path:
+        if fullname != _COUNTER or self._asking_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking_others = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
@@ -48,6 +54,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             run(module)
             for op, formula in _formulas:
                 module.register_flop_formula(op)(formula)
+            # Somebody may have asked for the spec alone, or the import may have failed, till now.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -36,9 +36,13 @@ def normalize_images(
         return images
     x = images.to(torch.promote_types(dtype, torch.float32)) / 255.0
     if mean is not None and std is not None:
-        shape = (1, -1, 1, 1)
-        x = (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+        x = (x - _per_channel(x, mean)) / _per_channel(x, std)
     return x.to(dtype)
+
+
+def _per_channel(x: Tensor, values: Sequence[float]) -> Tensor:
+    """(1, C, 1, 1). Made on the device: a copy to it could not be captured in a CUDA graph."""
+    return torch.stack([x.new_full((), float(value)) for value in values]).view(1, -1, 1, 1)
 
 
 def assemble_tokens(x: Tensor, pos_embed: Tensor | None, cls_token: Tensor | None) -> Tensor:
