@@ -3,9 +3,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastvit.integrations.adapter import Accelerated
 from fastvit.integrations.stem import AcceleratedStem
 
-ADAPTERS: dict[str, type[Accelerated]] = {"pycls.models.vit.ViTStemConv": AcceleratedStem}
+
+class StemConv(AcceleratedStem):
+    """With pycls' name of the argument."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x)
+
+
+ADAPTERS: dict[str, type[Accelerated]] = {"pycls.models.vit.ViTStemConv": StemConv}
 #: Convolutions that make patches, by the model and the place in it.
 PATCH_CONVOLUTIONS = {"pycls.models.vit.ViTStemPatchify": "patchify"}

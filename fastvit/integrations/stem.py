@@ -132,15 +132,13 @@ class AcceleratedStem(AcceleratedEmbedding):
             parts.stages, parts.projection, images, backend=self._backend, **token_parameters
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Named differently by the libraries.
-        x = (*args, *kwargs.values(), None)[0]
-        if len(args) + len(kwargs) != 1 or not self._fits(x):
-            return super().forward(*args, **kwargs)
+    def forward(self, input: Any) -> Any:
+        if not self._fits(input):
+            return super().forward(input)
         parts = self._parts()
         assert parts is not None
-        grid = stage_grids(x.shape[-2:], [conv.stride[0] for conv, _ in parts.stages])[-1]
-        return self._fused(x).transpose(1, 2).unflatten(2, grid)
+        grid = stage_grids(input.shape[-2:], [conv.stride[0] for conv, _ in parts.stages])[-1]
+        return self._fused(input).transpose(1, 2).unflatten(2, grid)
 
 
 def _tensors(stage: Stage) -> tuple[Any, ...]:
