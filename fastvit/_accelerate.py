@@ -51,8 +51,8 @@ def accelerate(
         mode: "train" serves ``train()`` and ``eval()``. "infer" is for a model in ``eval()`` and
             also keeps what derives from its parameters where that saves time (stacked projections
             on a GPU, batch norms folded into a stem's weights on a processor): a snapshot. It
-            follows ``to()``; ``train()``, ``load_state_dict()`` and gradients raise RuntimeError
-            until :func:`restore`.
+            follows ``to()``; ``train()``, ``load_state_dict()``, gradients, and calls after the
+            parameters have changed raise RuntimeError until :func:`restore`.
         backend: of the swapped layers; "auto" follows :func:`fastvit.set_backend`.
         where: called with the name and the module of each layer in question; those for which it is
             false stay.
