@@ -84,10 +84,12 @@ class AcceleratedAttention(Accelerated):
 
     @classmethod
     def _refusal(cls, module: Any) -> str | None:
+        children = module._modules
         for name in ("q_norm", "k_norm", "norm"):
-            if not is_plain(getattr(module, name, _IDENTITY), nn.Identity):
-                return f"its {name} is a {type(getattr(module, name)).__name__}"
-        if getattr(module, "gate", None) is not None:
+            child = children.get(name)
+            if child is not None and not is_plain(child, nn.Identity):
+                return f"its {name} is a {type(child).__name__}"
+        if children.get("gate") is not None:
             return "its output is gated"
         if not mhsa.is_fusible(module):
             return _watched("attn_drop", module.attn_drop, nn.Dropout)
@@ -109,9 +111,6 @@ class AcceleratedAttention(Accelerated):
             # What timm gives to PyTorch's kernel is not what it takes for its own arithmetic.
             scale, dropout = None, self.attn_drop.p if self.training else 0.0  # type: ignore[union-attr, assignment]
         return mhsa.fused_mhsa(self, x, scale, dropout, self._backend)
-
-
-_IDENTITY = nn.Identity()
 
 
 def _parameters(*layers: nn.Module) -> tuple[Tensor, ...]:

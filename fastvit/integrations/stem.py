@@ -84,13 +84,15 @@ class AcceleratedStem(AcceleratedEmbedding):
         if parts is None or not self._serves(images, 4):
             return False
         assert isinstance(images, Tensor)
-        weight = parts.projection.weight
+        for part in parts.rest:
+            if not is_plain(part, type(part)):
+                return False
+        weight: Any = parts.projection._parameters["weight"]
         return (
-            all(is_plain(child, type(child)) for child in parts.rest)
-            and is_fusible(parts.stages, parts.projection, *parts.norms)
-            and images.shape[1] == parts.stages[0][0].in_channels
+            images.shape[1] == parts.stages[0][0].in_channels
             and (images.dtype == weight.dtype or autocast_dtype(weight) is not None)
             and images.device == weight.device
+            and is_fusible(parts.stages, parts.projection, *parts.norms)
         )
 
     @classmethod

@@ -149,18 +149,21 @@ def is_fusible(
         # PyTorch's may lack both, or the bias alone.
         if norm._parameters["weight"] is None or norm._parameters["bias"] is None:
             return False
-    first, *others = (
-        (norm.training, norm.eps, norm.momentum, norm.running_mean is None) for _, norm in stages
-    )
-    group, *groups = (_process_group(norm) for _, norm in stages)
-    tracked = [norm for _, norm in stages if norm.running_mean is not None]
-    # Buffers that are not tracked are left alone, and so is a cumulative average uncounted.
-    return (
-        all(options == first for options in others)
-        and all(other is group for other in groups)
-        and all(norm.track_running_stats for norm in tracked)
-        and (first[2] is not None or all(n.num_batches_tracked is not None for n in tracked))
-    )
+    first, group = stages[0][1], _process_group(stages[0][1])
+    tracked = first._buffers["running_mean"] is not None
+    for _, norm in stages:
+        if (norm.training, norm.eps, norm.momentum) != (first.training, first.eps, first.momentum):
+            return False
+        # Not as attributes, which takes ten times as long.
+        buffers = norm._buffers
+        if (buffers["running_mean"] is not None) != tracked or _process_group(norm) is not group:
+            return False
+        # Buffers that are not tracked are left alone, and so is a cumulative average uncounted.
+        if tracked and not norm.track_running_stats:
+            return False
+        if tracked and norm.momentum is None and buffers["num_batches_tracked"] is None:
+            return False
+    return True
 
 
 def fused_conv_stem(
