@@ -27,6 +27,8 @@ DEIT, FASTVIT_DEIT = "timm's DeiT", "fastvit's DeiT"
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SIDE = 14
+#: Channels of ViT_C-4GF's stem.
+_STEM = (48, 96, 192, 384)
 #: (width, heads) of ConViT's published sizes.
 _SIZES = {"Ti": (192, 4), "S": (432, 9), "B": (768, 16)}
 
@@ -77,6 +79,8 @@ def entries(batch: int = 8) -> list[Entry]:
         found.append(Entry("patch embedding 768 uint8", dtype, batch, _patch_embed_uint8))
         for size in ("tiny", "small", "base"):
             found.append(Entry(f"ConViT-{size} against DeiT", dtype, batch, _convit(size)))
+        for name, model in (("ConViT-small", _timm_convit), ("ViT_C-4GF", _torchvision_vit_c)):
+            found.append(Entry(f"{name} accelerated", dtype, batch, _accelerated(model)))
     return found + _variants(batch)
 
 
@@ -243,7 +247,7 @@ def _stem(training: bool) -> Callable[[torch.dtype, int], Contest]:
     def build(dtype: torch.dtype, batch: int) -> Contest:
         from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
-        stages = [ConvStemConfig(channels, 3, 2) for channels in (48, 96, 192, 384)]
+        stages = [ConvStemConfig(channels, 3, 2) for channels in _STEM]
         model = VisionTransformer(224, 16, 1, 6, 384, 384, conv_stem_configs=stages)
         theirs = nn.Sequential(model.conv_proj, nn.Flatten(2)).to(dtype)
         ours = fastvit.ConvStem.from_module(model.conv_proj)
@@ -362,5 +366,33 @@ def _convit(size: str, compiled: bool = False) -> Callable[[torch.dtype, int], C
             FASTVIT_DEIT: _forward(our_deit, x),
         }
         return Contest(runs, compared)
+
+    return build
+
+
+def _timm_convit() -> nn.Module:
+    import timm
+
+    return timm.create_model("convit_small")
+
+
+def _torchvision_vit_c() -> nn.Module:
+    from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
+
+    stages = [ConvStemConfig(channels, 3, 2) for channels in _STEM]
+    return VisionTransformer(224, 16, 11, 6, 384, 1152, conv_stem_configs=stages)
+
+
+def _accelerated(model: Callable[[], nn.Module]) -> Callable[[torch.dtype, int], Contest]:
+    """A library's model against itself after ``fastvit.accelerate``, in inference."""
+
+    def build(dtype: torch.dtype, batch: int) -> Contest:
+        # torchvision's head begins at zero.
+        theirs = _randomized(model()).to(dtype).eval()
+        ours = copy.deepcopy(theirs)
+        fastvit.accelerate(ours)
+        x = torch.randn(batch, 3, 224, 224).to(dtype)
+        compared = _compare(theirs, ours, copy.deepcopy(theirs), x)
+        return Contest({LIBRARY: _forward(theirs, x), FASTVIT: _forward(ours, x)}, compared)
 
     return build
