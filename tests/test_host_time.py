@@ -22,13 +22,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("host_time", SCRIPT)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load("host_time")
     monkeypatch.setattr(module, "CALLS", 2)
     monkeypatch.setattr(module, "ROUNDS", 2)
     return module
@@ -51,3 +56,16 @@ def test_the_calls_end_in_the_gpus_kernels(script, monkeypatch):
     with script.gpu():
         assert patch_embed(images, weight).shape == (1, 1, 2)
     assert ran == [Kernels(False, hopper="90a" in _native.load().build_info()["cuda_archs"])]
+
+
+def test_what_adapters_ask_is_timed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    module = load("adapter_time")
+    monkeypatch.setattr(module, "CALLS", 1)
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["us"] * 4 + ["ms"]
