@@ -50,6 +50,8 @@ def _checks() -> list[tuple[str, Check]]:
     checks += [
         (_name(check), check) for check in (capture_dropout, far_offset, far_strides, far_maps)
     ]
+    for kind, make in (("plain attention", _attention), ("stem", _stem)):
+        checks += [(f"{kind}: {_name(check)}", partial(check, make=make)) for check in layers]
     for pixels in (torch.bfloat16, torch.uint8):
         prefix = f"patches of {str(pixels).removeprefix('torch.')}: "
         make = partial(_tokens, pixels=pixels)
@@ -70,6 +72,22 @@ def _layer(device: Device, dtype: torch.dtype = torch.bfloat16) -> tuple[fastvit
     )
     x = draws(device, min(shape.B, 8), shape.N, shape.H * shape.d, dtype=dtype)
     return layer, x
+
+
+def _attention(device: Device) -> tuple[fastvit.MHSA, Tensor]:
+    shape = device.plan.shapes[0]
+    torch.manual_seed(0)
+    width, dtype = shape.H * shape.d, torch.bfloat16
+    layer = fastvit.MHSA(width, shape.H, device=device.device, dtype=dtype, backend="triton")
+    return layer, draws(device, min(shape.B, 8), shape.N + 1, width, dtype=dtype)
+
+
+def _stem(device: Device) -> tuple[torch.nn.Module, Tensor]:
+    """In training, where nothing depends on the running statistics that every step moves."""
+    stem = device.plan.stems[0]
+    stem = stem._replace(B=min(stem.B, 8))
+    layer = our_layer(plain_layer(device, stem, torch.bfloat16), "triton").train()
+    return layer, stem_images(device, stem, torch.bfloat16)
 
 
 def _tokens(device: Device, pixels: torch.dtype) -> tuple[Tokens, Tensor]:
