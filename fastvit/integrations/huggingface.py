@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face transformers: the patch embeddings of ViT and DeiT."""
+"""Hugging Face transformers: the patch embeddings of ViT and DeiT, whose two tokens in front are one
+more than the op puts there.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pycls: both stems of its vision transformer, whose tokens the model makes itself."""
+"""pycls: both stems of its vision transformer. The model puts its tokens sequence first before it
+adds class token and positions, so that these stay its own.
+"""
 
 from __future__ import annotations
 
