@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face transformers: the patch embeddings of ViT and DeiT, whose two tokens in front are one
+"""Hugging Face transformers: the patch embeddings of ViT and DeiT. DeiT has two tokens in front, one
 more than the op puts there.
 """
 
