@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face transformers: the patch embeddings of ViT and DeiT. DeiT has two tokens in front, one
-more than the op puts there.
+"""Hugging Face transformers: the patch embeddings of ViT and DeiT. DeiT has two tokens in front,
+one more than the op puts there.
 """
 
 from __future__ import annotations
