@@ -42,7 +42,8 @@ def normalize_images(
 
 def _per_channel(x: Tensor, values: Sequence[float]) -> Tensor:
     """(1, C, 1, 1). Made on the device: a copy to it could not be captured in a CUDA graph."""
-    return torch.stack([x.new_full((), float(value)) for value in values]).view(1, -1, 1, 1)
+    numbers = [x.new_full((1,), float(value)) for value in values]
+    return torch.cat(numbers or [x.new_empty(0)]).view(1, -1, 1, 1)
 
 
 def assemble_tokens(x: Tensor, pos_embed: Tensor | None, cls_token: Tensor | None) -> Tensor:
