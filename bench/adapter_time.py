@@ -43,7 +43,7 @@ def questions() -> dict[str, Callable[[], Any]]:
         "GPSA": lambda: (local._serves(tokens, 3), gpsa.is_fusible(local), local._stack()),
         "attention": lambda: (plain._serves(tokens, 3), plain._refusal(plain)),
         "patch embedding": lambda: convit.patch_embed._fits(images),
-        "stem of four stages": lambda: (vit_c.conv_proj._fits(images), vit_c.conv_proj._parts()),
+        "stem of four stages": lambda: vit_c.conv_proj._fits(images),
     }
 
 

@@ -14,7 +14,7 @@ from fastvit import functional
 from fastvit.integrations.adapter import Accelerated
 from fastvit.integrations.recognition import IS_OURS, adapter_of, likeness_of
 from fastvit.integrations.survey import refusal_of
-from fastvit.ops.backend import AUTO, Call, checked, nearest, refusal, requested
+from fastvit.ops.backend import Call, checked, nearest, refusal_of_asked
 
 _OPS = {
     "gpsa_attention": "gpsa",
@@ -65,7 +65,7 @@ def supports(
         )
     if not inputs:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return _answer(_backend_refusal(Call(op, device, torch.float32), backend))
+        return _answer(refusal_of_asked(Call(op, device, torch.float32), backend))
     return _answer(_dry_run(layer_or_op, inputs, {**options, "backend": backend}))
 
 
@@ -81,7 +81,7 @@ def _of_module(
         if not inputs:
             first = next(module.parameters())
             call = Call(likeness.layer, first.device, first.dtype)
-            return _backend_refusal(call, backend or module.backend)  # type: ignore[arg-type]
+            return refusal_of_asked(call, backend or module.backend)  # type: ignore[arg-type]
         # A dry run counts batches all the same.
         module = copy.deepcopy(module) if list(module.buffers()) else copy.copy(module)
         if backend is not None:
@@ -92,12 +92,7 @@ def _of_module(
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"{kind} is no layer that fastvit knows" if likeness is None else likeness.reason
     # Not on the inputs: a library's forward may keep what it makes of them.
-    return refusal_of(module, adapter) or _backend_refusal(adapter._call(module), backend)
-
-
-def _backend_refusal(call: Call, backend: str | None) -> str | None:
-    name = requested(backend)
-    return None if name == AUTO else refusal(call, name)
+    return refusal_of(module, adapter) or refusal_of_asked(adapter._call(module), backend)
 
 
 def _dry_run(call: Callable[..., Any], inputs: tuple[Any, ...], options: Any) -> str | None:

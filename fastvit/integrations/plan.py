@@ -13,7 +13,7 @@ from fastvit.integrations.adapter import Accelerated, Setting
 from fastvit.integrations.embedding import AcceleratedEmbedding, AcceleratedModel
 from fastvit.integrations.recognition import model_adapter_of
 from fastvit.integrations.survey import Candidate, candidates, lenient_refusal
-from fastvit.ops.backend import AUTO, choose, refusal, requested
+from fastvit.ops.backend import choose, refusal_of_asked, requested
 
 #: Why a layer stays that ``where`` is false for.
 LEFT_OUT = "left out by where"
@@ -76,11 +76,8 @@ def entry(found: Candidate, backend: str, reason: str) -> Entry:
 
 def backend_refusal(module: nn.Module, adapter: type[Accelerated] | None, asked: str | None) -> str:
     """Why the backend that is asked for, or set for the process, does not run a layer, or empty."""
-    name = requested(asked)
-    if name == AUTO or adapter is None:
-        return ""
-    reason = refusal(adapter._call(module), name)
-    return "" if reason is None else f"{BACKEND} {name!r}: {reason}"
+    reason = None if adapter is None else refusal_of_asked(adapter._call(module), asked)
+    return "" if reason is None else f"{BACKEND} {requested(asked)!r}: {reason}"
 
 
 def notes(model: nn.Module, swapped: Collection[str]) -> Iterator[tuple[str, str]]:

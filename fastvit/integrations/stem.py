@@ -74,10 +74,12 @@ class AcceleratedStem(AcceleratedEmbedding):
             self.__dict__["_fastvit_parts"] = parts
         return parts
 
+    def _found(self) -> _Parts:
+        """The layers, after :meth:`_fits` has looked."""
+        return self.__dict__["_fastvit_parts"]
+
     def _last_weight(self) -> Tensor:
-        parts = self._parts()
-        assert parts is not None
-        return parts.projection.weight
+        return self._found().projection.weight
 
     def _fits(self, images: object) -> bool:
         parts = self._parts()
@@ -123,8 +125,7 @@ class AcceleratedStem(AcceleratedEmbedding):
         return folded._replace(strides=[conv.stride[0] for conv, _ in parts.stages])
 
     def _fused(self, images: Tensor, **token_parameters: Any) -> Tensor:
-        parts = self._parts()
-        assert parts is not None
+        parts = self._found()
         folded, conv = self._folded(parts), parts.projection
         if folded is not None:
             tokens = infer_folded(images, folded, conv.weight, conv.bias)
@@ -137,9 +138,8 @@ class AcceleratedStem(AcceleratedEmbedding):
     def forward(self, input: Any) -> Any:
         if not self._fits(input):
             return super().forward(input)
-        parts = self._parts()
-        assert parts is not None
-        grid = stage_grids(input.shape[-2:], [conv.stride[0] for conv, _ in parts.stages])[-1]
+        strides = [conv.stride[0] for conv, _ in self._found().stages]
+        grid = stage_grids(input.shape[-2:], strides)[-1]
         return self._fused(input).transpose(1, 2).unflatten(2, grid)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit import reference
 from fastvit.integrations.adapter import Accelerated
 from fastvit.integrations.attention import AcceleratedAttention, AcceleratedGPSA
 from fastvit.integrations.embedding import (
@@ -43,15 +44,9 @@ class PatchEmbed(AcceleratedPatchEmbed):
         if not self._fits(x):
             return super().forward(x)
         (height, width), (ph, pw) = x.shape[-2:], self.patch_size  # type: ignore[misc]
-        tokens = self._fused(x)
-        if not self.flatten and self.output_fmt != "NLC":
-            if self.output_fmt == "NHWC":
-                tokens = tokens.unflatten(1, (height // ph, width // pw))
-            else:
-                tokens = tokens.transpose(1, 2)
-                if self.output_fmt == "NCHW":
-                    tokens = tokens.unflatten(2, (height // ph, width // pw))
-        return self.norm(tokens)  # type: ignore[operator]
+        # Of what timm's has, too.
+        finish: Any = reference.PatchEmbed._finish
+        return finish(self, self._fused(x), (height // ph, width // pw))
 
 
 class HybridEmbed(AcceleratedModel, AcceleratedEmbedding):

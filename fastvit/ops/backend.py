@@ -129,6 +129,14 @@ def refusal(call: Call, name: str) -> str | None:
     return None
 
 
+def refusal_of_asked(call: Call, name: str | None) -> str | None:
+    """:func:`refusal` of the backend that a call asks for, see :func:`requested`; ``auto`` finds
+    one.
+    """
+    asked = requested(name)
+    return None if asked == AUTO else refusal(call, asked)
+
+
 def _dropout_refusal(call: Call) -> str:
     return (
         f"attention dropout ({call.dropout_p}) acts on the mixed map, which the reference backend "
