@@ -15,7 +15,7 @@ from fastvit import reference
 from fastvit.testing import Agreement, agreement
 from gpu import ceilings, floors
 from gpu.agreement import Task, compare_all
-from gpu.contests import MODES, add_share
+from gpu.contests import MODES, ROUNDED, WARM, add_share
 from gpu.device import Call, Device, tf32
 from gpu.patch_compare import STATISTICS, TF32, cases, has_wgmma, images, number, paths
 from gpu.patch_peers import Chain, Conv, Linear, Portable, Timm, Tokens
@@ -104,6 +104,7 @@ class Contest:
         peers: dict[str, Chain] = {"linear": Linear(*chosen)}
         if self.pixels == "uint8":
             peers["timm"] = Timm(*chosen)
+            peers["timm channels_last"] = Timm(*chosen, channels_last=True)
         modules = {
             f"{name} compiled": self.device.compile(peer, dynamic=False)
             for name, peer in peers.items()
@@ -129,7 +130,7 @@ class Contest:
             # Backward is the same kernel.
             if mode == "forward" or name != "fastvit portable"
         }
-        found = compete(self.device, makers)
+        found = compete(self.device, makers, warm=self.problem.B <= WARM)
         B, N, K, D = self.problem.problem
         for name, times in found.items():
             work = floors.patch_embed(
@@ -137,10 +138,12 @@ class Contest:
                 backward=MODES[mode], assembled="alone" not in name,
             )  # fmt: skip
             add_share(self.record, rates, work, self.dtype, f"{label}, {name}", times)
-        more = {}
+        more: dict[str, Any] = {}
         if "error" not in found["fastvit"] and what == "eager":
             ours = self._calls(modules["fastvit"], self.sets[:1], MODES[mode])[0]
             more["host"] = host_seconds(self.device, ours)
+            if MODES[mode]:
+                more["memory"] = self._memory(modules)
         self.record.add(
             what=what, shape=self.problem._asdict(), dtype=self.dtype, pixels=self.pixels,
             mode=mode, contenders=found, **more,
@@ -155,12 +158,31 @@ class Contest:
         def make() -> Sequence[Call]:
             if self.refused[name]:
                 raise RuntimeError(f"not timed: {self.refused[name]}")
-            chosen = sets
-            if name.endswith("channels_last"):
-                chosen = [[x.contiguous(memory_format=torch.channels_last)] for (x,) in sets]
+            chosen = [[self._laid_out(name, x)] for (x,) in sets]
             return self._calls(module, chosen, backward)
 
         return make
+
+    def _laid_out(self, name: str, x: Tensor) -> Tensor:
+        wanted = "channels_last" in name
+        return x.contiguous(memory_format=torch.channels_last) if wanted else x
+
+    def _memory(self, modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
+        """What a training step keeps and needs at its peak."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, module in modules.items():
+            if "portable" in name or "alone" in name or self.refused[name]:
+                continue
+            x = self._laid_out(name, self.sets[0][0])
+            try:
+                found[name] = self.device.memory(
+                    lambda module=module, x=x: module(x),
+                    list(module.parameters()),
+                    torch.ones_like(module(x)),
+                )
+            except torch.OutOfMemoryError as error:
+                found[name] = {"error": str(error).splitlines()[0]}
+        return found
 
     def _calls(
         self, module: nn.Module, sets: Sequence[Sequence[Tensor]], backward: bool
@@ -174,9 +196,6 @@ class Contest:
             reason = self._disagreement("auto" if name == "fastvit" else "mma")
             if reason:
                 return reason
-        # A convolution alone is not the same function.
-        if "alone" in name:
-            return None
         try:
             check = self._check(name, module)
         # A finding about this contender; the others are still timed.
@@ -196,16 +215,25 @@ class Contest:
         return None
 
     def _check(self, name: str, module: nn.Module) -> Agreement:
-        """A contender against float64 on two images, by root mean squares."""
-        # A compiled module would be compiled again for two images; what it was made of is checked.
-        module = getattr(module, "_orig_mod", module)
-        x = self.sets[0][0][:2]
+        """The call that is timed against float64, on its first and its last image, by root mean
+        squares.
+        """
+        x = self.sets[0][0]
+        few = x[[0, -1]]
         statistics: dict[str, Any] = STATISTICS if self.pixels == "uint8" else {}
-        drawn = {n: p for n, p in module.named_parameters() if "." not in n}
+        whole = getattr(module, "_orig_mod", module)
+        drawn = {n: p for n, p in whole.named_parameters() if "." not in n}
+        if "alone" in name:
+            drawn = {n: drawn[n] for n in ("weight", "bias")}
         with torch.no_grad():
-            theirs = reference.patch_embed(x, **drawn, **statistics)
-            wide = x if x.dtype == torch.uint8 else x.double()
+            theirs = reference.patch_embed(few, **drawn, **statistics)
+            wide = few if few.dtype == torch.uint8 else few.double()
             exact = {n: p.double() for n, p in drawn.items()}
             expected = reference.patch_embed(wide, **exact, **statistics)
-            floor = TF32 if self.dtype == "tf32" else 0.0
-            return agreement(module(x), theirs, expected, name=name, rms=True, floor=floor)
+            out = module(self._laid_out(name, x))[[0, -1]]
+            if "alone" in name:
+                out = out.flatten(2).transpose(1, 2)
+        floor = TF32 if self.dtype == "tf32" else 0.0
+        if not name.startswith("fastvit"):
+            floor = max(floor, ROUNDED[self.dtype])
+        return agreement(out, theirs, expected, name=name, rms=True, floor=floor)

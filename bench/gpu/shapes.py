@@ -98,16 +98,20 @@ class Plan:
 
     groups: tuple[Group, ...]
     shapes: tuple[Shape, ...]
+    #: What is timed, in which dtype: bfloat16 first, the others at the main shapes.
+    timed: tuple[tuple[Shape, str], ...]
     #: Those for which other libraries are compiled, too, which takes long.
     compiled: tuple[Shape, ...]
     autotuned: tuple[Shape, ...]
     #: Elements of the buffers of the copy.
     copied: int
-    #: Sides of the square products, and (rows, in, out) of our layers.
-    products: tuple[tuple[int, int, int], ...]
+    #: (rows, in, out): large squares, and our layers; with a number before, a batch of products.
+    products: tuple[tuple[int, ...], ...]
     #: Elements that exponentials are taken of, a multiple of 1024.
     exponents: int
     rounds: int
+    #: Calls of which the host's time is the median.
+    hosted: int
     models: tuple[str, ...]
     batches: tuple[int, ...]
     #: Arguments of the models by family.
@@ -120,9 +124,11 @@ class Plan:
     embedding_dtypes: tuple[str, ...]
     #: And to time, with the dtype.
     embeddings: tuple[tuple[Embedding, str], ...]
-    #: Stems to compare with float64, in each layout of the images; to time; to time compiled peers.
+    #: Stems to compare with float64, in each layout of the images; those whose kernels are chosen;
+    #: to time, with the dtype; to time compiled peers.
     stems_checked: tuple[tuple[Stem, tuple[str, ...]], ...]
     stems: tuple[Stem, ...]
+    stems_timed: tuple[tuple[Stem, str], ...]
     stems_compiled: tuple[Stem, ...]
     #: (op, dtype, B, H, grid, d) of the sanitizer's calls; for patches, B, side, grid and D; for
     #: stems, B, the first of two widths, sides of the images and D.
@@ -165,11 +171,16 @@ def _full() -> Plan:
     ]
     shapes = [_shape(size, 256, 196) for size in SIZES]
     shapes += [_shape(size, 64, 196) for size in ("S", "B")]
+    shapes += [_shape(size, B, 196) for B in (1, 8) for size in ("S", "B")]
     shapes += [_shape(size, 32, N) for N in (576, 1024) for size in ("S", "B")]
-    shapes += [_shape(size, B, 196) for B in (8, 1) for size in ("S", "B")]
     shapes += [_shape(size, B, 197) for B in (256, 64) for size in ("S", "S+", "B", "B+")]
     shapes += [_shape(size, B, 196) for B in (64, 8, 1) for size in ("S+", "B+", "Ti")]
     shapes += [_shape(size, B, 197) for B in (8, 1) for size in ("S", "B")]
+    main = [_shape(size, B, 196) for B in (256, 64) for size in ("S", "B")]
+    timed_shapes = [(shape, "bfloat16") for shape in shapes]
+    others = [(shape, dtype) for shape in main for dtype in ("float16", "tf32", "float32")]
+    # Behind single images and the first of the long sequences.
+    timed_shapes[13:13] = others
     compiled = (shapes[0], shapes[1], _shape("S", 64, 196), _shape("S", 32, 576))
     layers = [(256 * 196, C, n * C) for C in (432, 768) for n in (1, 3)]
     dtypes = ("bfloat16", "float32")
@@ -181,6 +192,10 @@ def _full() -> Plan:
         (Embedding(3, 768, 14, (42, 70)), layouts),
         (Embedding(8, 1000, 16, (224, 224)), planar),
     )
+    stems = [_stem(size, 256) for size in ("4GF", "1GF", "18GF", "36GF")]
+    stems += [_stem("4GF", B) for B in (64, 8, 1)] + [_stem("1GF", B) for B in (64, 1)]
+    stems_timed = [(stem, "bfloat16") for stem in stems]
+    stems_timed[3:3] = [(stems[0], dtype) for dtype in ("float16", "tf32", "float32")]
     sizes = [(768, 256), (768, 1), (384, 256), (1024, 256), (768, 8), (768, 64)]
     sizes += [(D, B) for B in (1, 8, 64) for D in (384, 1024)]
     timed = [(Embedding(B, D, 16, (224, 224)), "bfloat16") for D, B in sizes]
@@ -188,12 +203,14 @@ def _full() -> Plan:
     return Plan(
         groups=tuple(groups),
         shapes=tuple(shapes),
+        timed=tuple(timed_shapes),
         compiled=compiled,
         autotuned=(shapes[0],),
         copied=2**30,
-        products=((8192, 8192, 8192), *layers),
+        products=((8192, 8192, 8192), *layers, (64, 1024, 1024, 1024), (2304, 196, 64, 196)),
         exponents=2**22,
         rounds=20,
+        hosted=50,
         models=("small", "base", "tiny"),
         batches=(256, 64),
         model_options={"convit": {}, "deit": {}},
@@ -208,11 +225,8 @@ def _full() -> Plan:
             (_stem("18GF", 2), ("planar",)),
             (Stem("odd", 3, (45, 67), (24, 40, 48), (2, 1, 2), 136), ("planar", "channels_last")),
         ),
-        stems=(
-            *(_stem(size, 256) for size in ("4GF", "1GF", "18GF", "36GF")),
-            *(_stem("4GF", B) for B in (64, 8, 1)),
-            *(_stem("1GF", B) for B in (64, 1)),
-        ),
+        stems=tuple(stems),
+        stems_timed=tuple(stems_timed),
         stems_compiled=(_stem("4GF", 256), _stem("1GF", 256), _stem("18GF", 256)),
         sanitized=(
             *(("gpsa", dtype, 2, 2, (5, 7), 48) for dtype in dtypes),
@@ -237,6 +251,7 @@ def _full() -> Plan:
 
 def _dry() -> Plan:
     shape = Shape("S", 1, 1, 16, 16, (4, 4))
+    stem = Stem("tiny", 2, (8, 8), (8, 16), (2, 2), 16)
     model = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 1}
     return Plan(
         groups=(
@@ -245,12 +260,18 @@ def _dry() -> Plan:
             Group("dropout", "gpsa_dropout", 1, 1, 16, (3, 4), dtypes=("bfloat16",)),
         ),
         shapes=(shape, Shape("S", 1, 1, 16, 17, None)),
+        timed=(
+            (shape, "bfloat16"),
+            (Shape("S", 1, 1, 16, 17, None), "bfloat16"),
+            (shape, "tf32"),
+        ),
         compiled=(shape,),
         autotuned=(shape,),
         copied=2**18,
-        products=((64, 64, 64),),
+        products=((64, 64, 64), (2, 32, 32, 32)),
         exponents=1024,
         rounds=2,
+        hosted=1,
         models=("tiny",),
         batches=(2,),
         model_options={"convit": {**model, "local_up_to_layer": 1}, "deit": model},
@@ -260,8 +281,9 @@ def _dry() -> Plan:
         embedding_dtypes=("float32", "bfloat16"),
         embeddings=((Embedding(2, 16, 4, (8, 8)), "bfloat16"),),
         stems_checked=((Stem("tiny", 1, (9, 7), (8, 16), (2, 2), 24), ("planar",)),),
-        stems=(Stem("tiny", 2, (8, 8), (8, 16), (2, 2), 16),),
-        stems_compiled=(Stem("tiny", 2, (8, 8), (8, 16), (2, 2), 16),),
+        stems=(stem,),
+        stems_timed=((stem, "bfloat16"), (stem, "tf32")),
+        stems_compiled=(stem,),
         sanitized=(
             ("gpsa", "float32", 1, 1, (2, 3), 16),
             ("patch_embed uint8", "bfloat16", 1, 4, (2, 3), 16),
