@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,18 @@ from gpu.package import Package
 from gpu.record import Record
 
 _SHOWN = 4000
+_CMAKE = (3, 28)
 
 
 def run(device: Device, record: Record) -> None:
     """Later stages take what this leaves; without it, the sources without the extension."""
+    # cmake and ninja that came as Python packages stand beside the Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    lacking = _lacking(path)
+    if lacking and device.note:
+        # A dry run has nothing to compile for; the other stages do without the extension.
+        record.miss(f"install, without {', '.join(lacking)}")
+        return
     package = Package(Path(os.environ["FASTVIT_GPU_FOLDER"]))
     # In a second folder until it is known to import: the first sight of `built` counts.
     target = package.built.with_suffix(".new")
@@ -27,8 +37,6 @@ def run(device: Device, record: Record) -> None:
         "--disable-pip-version-check", "--no-warn-script-location",
         "--target", str(target), str(package.source),
     ]  # fmt: skip
-    # cmake and ninja that came as Python packages stand beside the Python.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, **device.build_environment, "PATH": path}
     seconds, output, status = _timed(command, environment, record.left() + 20)
     record.add(
@@ -40,7 +48,8 @@ def run(device: Device, record: Record) -> None:
     )
     if status:
         print(output)
-        record.fail("pip did not build it; the sources serve, without the extension")
+        why = f", for want of {', '.join(lacking)}" if lacking else ""
+        record.fail(f"pip did not build it{why}; the sources serve, without the extension")
         return
     environment["PYTHONPATH"] = str(target)
     asked = "import fastvit; print(fastvit.info()); assert not fastvit._native.reason()"
@@ -51,6 +60,21 @@ def run(device: Device, record: Record) -> None:
         shutil.rmtree(target)
         return
     os.replace(target, package.built)
+
+
+def _lacking(path: str) -> list[str]:
+    """What pyproject.toml's build asks for, of which nothing is fetched, and is not here."""
+    found = []
+    cmake = shutil.which("cmake", path=path)
+    version = _timed([cmake, "--version"], {**os.environ, "PATH": path}, 20)[1] if cmake else ""
+    numbers = re.search(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < _CMAKE:
+        found.append(f"CMake {'.'.join(map(str, _CMAKE))} or later")
+    if shutil.which("ninja", path=path) is None:
+        found.append("Ninja")
+    if importlib.util.find_spec("pybind11") is None:
+        found.append("pybind11")
+    return found
 
 
 def _timed(command: list[str], env: dict[str, str], limit: float) -> tuple[float, str, int]:

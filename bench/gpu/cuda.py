@@ -23,8 +23,8 @@ from gpu.clocks import Clocks
 _SMALL = 2e-3
 #: A sample lasts at least this long: events resolve about a microsecond.
 _SAMPLE = 5e-4
-#: At most: two images of a patch embedding are 0.5 MB, and twice the largest cache 256 MB.
-_SETS = 512
+#: At most. The smallest set is of 0.15 MB, one image of ConViT-tiny, and twice a cache 250 MB.
+_SETS = 1024
 _QUERIES = (
     "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit",
     "utilization.gpu", "memory.used",
@@ -55,6 +55,14 @@ class GPU:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def answers(self) -> bool:
+        """Whether this process can still use the device: a bad access ends that."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def state(self) -> dict[str, str]:
         """Clocks, temperature and power at this moment."""

@@ -60,9 +60,10 @@ def patch_embed(
 
 
 def stem(problem: Stem, itemsize: int, *, backward: bool) -> Work:
-    """A stem whose maps all stay on the chip: images and weights in, tokens out. Backward, the
-    images, the weights and a gradient of the tokens are read again and gradients of the weights
-    written; the images have none.
+    """A stem whose maps all stay on the chip: images and weights in, tokens out; without the few
+    numbers of the batch norms, which some fold into the weights. Backward, the images, the weights
+    and a gradient of the tokens are read again and gradients of the weights written; the images
+    have none.
     """
     (height, width), before = problem.size, 3
     flops, weights, first = 0, 0, 0

@@ -25,7 +25,7 @@ def trusted(record: Record, name: str) -> dict[str, Any] | None:
     """
     other = read_all(record.folder).get(name)
     if other is None or other.get("status") not in ("ok", "failed"):
-        problem = f"the stage {name} left none"
+        problem = "there are none"
     else:
         problem = difference(record.data, other)
     if problem is None:
@@ -37,15 +37,15 @@ def trusted(record: Record, name: str) -> dict[str, Any] | None:
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
     """What tells two stages' measurements apart, in words; None if nothing does."""
     for what, read in (
-        ("a dry run", lambda data: data.get("dry")),
-        ("sources", lambda data: data.get("fingerprint")),
+        ("kind of run", lambda data: "dry" if data.get("dry") else "measured"),
+        ("version of the sources", lambda data: data.get("fingerprint")),
         ("commit", lambda data: _of_machine(data, "commit")),
         ("machine", lambda data: _of_machine(data, "gpu") or _of_machine(data, "cpu")),
-        ("versions", lambda data: _of_machine(data, "versions")),
+        ("set of versions", lambda data: _of_machine(data, "versions")),
     ):
         here, there = read(ours), read(theirs)
         if here != there:
-            return f"its {what} differs: {there}, here {here}"
+            return f"of another {what}: {there}, here {here}"
     return None
 
 

@@ -36,6 +36,9 @@ class Processor:
     def synchronize(self) -> None:
         pass
 
+    def answers(self) -> bool:
+        return True
+
     def state(self) -> dict[str, str]:
         return {}
 

@@ -116,7 +116,8 @@ class Contest:
         # The fastest of cuDNN's algorithms.
         torch.backends.cudnn.benchmark = True
         makers = {name: self._maker(module, refused[name]) for name, module in modules.items()}
-        found = compete(self.device, makers, warm=self.problem.B <= WARM)
+        warm = what == "eager" and self.problem.B <= WARM
+        found = compete(self.device, makers, warm=warm)
         torch.backends.cudnn.benchmark = False
         backward = MODES[self.mode]
         work = floors.stem(self.problem, self.number.itemsize, backward=backward)

@@ -39,7 +39,7 @@ def write(out: Path, records: Records, picture: str, *, dry: bool) -> None:
             parts.append(f"## {title}\n\n{note}{table}")
     parts.append(f"{note}{picture}")
     lacking = [
-        f"- {name} had no use of {other}: {why}"
+        f"- {name} did without the results of {other}: {why}"
         for name, record in records.items()
         for other, why in record.get("without", {}).items()
     ]

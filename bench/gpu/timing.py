@@ -55,6 +55,9 @@ def compete(
         graphs: whether short calls are replayed from a CUDA graph, which leaves launches out.
         warm: whether each is also timed over one copy again and again, which the cache then holds:
             times within the times, named "warm". No floor of the memory applies to those.
+
+    Raises:
+        RuntimeError: after one contender's error the device answers nobody.
     """
     found = Found()
     samplers: list[tuple[list[float], Sample]] = []
@@ -76,6 +79,10 @@ def compete(
             found[name] = {"error": first_line(error)}
             # Its frames hold memory.
             del error
+            if not device.answers():
+                raise RuntimeError(
+                    f"{name} took the device along: {found[name]['error']}"
+                ) from None
             device.release()
             continue
         samplers += mine
