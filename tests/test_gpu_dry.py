@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,13 +85,18 @@ def test_ceilings_come_before_all_that_is_timed(walked):
     assert {"launch as a node of a graph", "launch in a stream", "launch, host"} <= launches
 
 
-def every_contest() -> Iterator[tuple[str, str | None]]:
-    yield from (("kernels", "core"), ("kernels", "module"), ("peers", "core"), ("peers", "module"))
-    yield from (("patch_embed", "eager"), ("patch_embed", "compiled"))
-    yield from (("stem", "eager"), ("stem", "compiled"))
+CONTESTS = [
+    *(("kernels", "core"), ("kernels", "module"), ("peers", "core"), ("peers", "module")),
+    *(
+        ("patch_embed", "eager"),
+        ("patch_embed", "compiled"),
+        ("stem", "eager"),
+        ("stem", "compiled"),
+    ),
+]
 
 
-@pytest.mark.parametrize(("stage", "what"), every_contest())
+@pytest.mark.parametrize(("stage", "what"), CONTESTS)
 def test_a_contest_is_whole(walked, stage, what):
     """Ours with its spread, its share of the floor, its warm times, and all samples."""
     cases = [case for case in contests(walked, stage) if case["what"] == what]

@@ -118,12 +118,11 @@ def test_float32_without_tf32_units(floors):
 
 def test_and_fails_its_stage(floors, tmp_path):
     contests = gpu("contests")
-    shapes = gpu("shapes")
     records = gpu("record")
     record = records.Record(tmp_path, "kernels", 1.0)
     ceilings = {"bandwidth": 1e12, "rates": {"bfloat16": 1e15}}
     found = {"fastvit": {"median": 1e-9}}
-    shape = shapes.FULL.shapes[0]
+    shape = gpu("full_plan").FULL.shapes[0]
     work = floors.core(*shape.problem, 2, backward=False)
     contests.judge(record, ceilings, work, "bfloat16", shape.name, found)
     assert not record.close()

@@ -183,7 +183,7 @@ class TestStaleResults:
         assert record.data["without"]["ceilings"].startswith(said)
 
     def test_name_no_fastest_peer(self, record):
-        shape = gpu("shapes").FULL.shapes[0]
+        shape = gpu("full_plan").FULL.shapes[0]
         case = {"shape": shape._asdict(), "dtype": "bfloat16", "what": "core", "mode": "forward"}
         case |= {"fastest": "cudnn", "contenders": {"fastvit": {"error": "E"}, "cudnn": {}}}
         known = gpu("peers")._known

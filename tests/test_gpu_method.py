@@ -44,7 +44,7 @@ class TestTurns:
         def crashes() -> Any:
             raise RuntimeError("an illegal memory access")
 
-        with pytest.raises(RuntimeError, match="a took the device along: .*illegal memory access"):
+        with pytest.raises(RuntimeError, match=r"a took the device along: .*illegal memory"):
             gpu("timing").compete(device, {"a": crashes})
 
     def test_warm_times_are_of_one_set(self, device):
@@ -102,7 +102,7 @@ class TestWorkingSet:
 
     def test_every_timed_shape_is_beyond_the_cache(self, device):
         plan = device.plan
-        assert plan is gpu("shapes").FULL
+        assert plan is gpu("full_plan").FULL
         sizes = []
         for shape, dtype in plan.timed:
             item = gpu("patch_compare").number(dtype).itemsize
@@ -177,6 +177,24 @@ class TestClocks:
         found = gpu("timing").compete(device, {"a": lambda: [lambda: None]})
         assert found.clocks == {}
         assert gpu("summary_checks").clocks({"kernels": {"cases": [{"clocks": {}}]}}) == ""
+
+
+class TestStages:
+    @pytest.mark.parametrize(
+        ("names", "expected"),
+        [
+            (["gpsa"], ["ceilings", "kernels", "peers"]),
+            (["patch_embed", "machine"], ["build", "machine", "ceilings", "patch_embed"]),
+            (["conv_stem"], ["ceilings", "stem", "stem_choices"]),
+            (["machine"], ["machine"]),
+        ],
+    )
+    def test_bring_what_they_need(self, names, expected):
+        assert [stage.name for stage in gpu("stages").chosen(names)] == expected
+
+    def test_all_run_without_a_name(self):
+        stages = gpu("stages")
+        assert stages.chosen(None) == list(stages.STAGES)
 
 
 class TestRunTime:

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from gpu.driver import BUDGET, GRACE, Run  # noqa: E402
-from gpu.stages import STAGES  # noqa: E402
+from gpu.stages import NAMES, STAGES  # noqa: E402
 
 if __name__ == "__main__":
     stages = "\n".join(f"  {stage.name:<12} {stage.what}" for stage in STAGES)
@@ -25,7 +25,11 @@ if __name__ == "__main__":
         "--out", type=Path, metavar="DIR", help="default: bench/results/GPU/DATE-COMMIT"
     )
     parser.add_argument(
-        "--stage", action="append", choices=[s.name for s in STAGES], help="only these; repeatable"
+        "--stage",
+        action="append",
+        choices=NAMES,
+        metavar="NAME",
+        help="only these and what they need, or those of gpsa or conv_stem; repeatable",
     )
     parser.add_argument("--dry", action="store_true", help="walk the code on a processor instead")
     parser.add_argument(

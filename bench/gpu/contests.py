@@ -32,7 +32,8 @@ def add_share(
     record: Record, ceilings: dict[str, Any] | None, work: floors.Work, dtype: str, label: str,
     times: dict[str, Any],
 ) -> None:  # fmt: skip
-    """The same for one contender, which ``label`` names in a failure."""
+    """The same for one contender, which ``label`` names in a failure; with the work itself."""
+    times |= work._asdict()
     if ceilings is None:
         record.data["floors"] = "not known: no ceilings of this run"
     elif "median" in times:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu import shapes
 from gpu.calls import REPEATS, Call, Sample, keeping, repeating
 from gpu.clocks import Clocks
+from gpu.full_plan import FULL
 
 #: Calls shorter than this are timed as replays of a graph: launches would hide them.
 _SMALL = 2e-3
@@ -35,7 +35,7 @@ class GPU:
     """The first CUDA device."""
 
     note = ""
-    plan = shapes.FULL
+    plan = FULL
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
 
     def __init__(self) -> None:

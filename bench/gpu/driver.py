@@ -18,7 +18,7 @@ from pathlib import Path
 from gpu import plot, summary
 from gpu.package import BENCH, ROOT, Package
 from gpu.record import MISSED, read_all, update
-from gpu.stages import BY_NAME, STAGES, Stage
+from gpu.stages import Stage, chosen
 
 #: Of a run on a GPU, which costs money; of a dry one only so that it ends.
 BUDGET, DRY_BUDGET = 480.0, 1800.0
@@ -40,7 +40,7 @@ class Run:
     ) -> None:
         self.dry = dry
         self.budget = budget or (DRY_BUDGET if dry else BUDGET)
-        self.stages = [BY_NAME[n] for n in names] if names else list(STAGES)
+        self.stages = chosen(names)
         self.commit = _commit()
         self.out = (out or _default_folder(self.commit, dry)).resolve()
         self._start = time.monotonic()

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu import shapes
 from gpu.calls import Call, Sample, keeping
+from gpu.dry_plan import DRY
 
 
 class Processor:
     """The same calls without a GPU: its times mean nothing, that they come back does."""
 
     note = "dry run on a processor: not a measurement"
-    plan = shapes.DRY
+    plan = DRY
     workers = 1
     device = torch.device("cpu")
     # Optimised code would take twice as long to make.

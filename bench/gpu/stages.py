@@ -6,6 +6,7 @@ Imports nothing that has to be built or could fail: the driver must outlive all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -36,6 +37,37 @@ STAGES = (
 )
 
 BY_NAME = {stage.name: stage for stage in STAGES}
+
+#: What else runs with a stage that is asked for by name: floors are of the same run, and the compiled
+#: kernels come from the build.
+_NEEDS = {
+    "graphs": ("build",),
+    "sanitizer": ("build",),
+    "kernels": ("ceilings",),
+    "peers": ("ceilings", "kernels"),
+    "patch_embed": ("build", "ceilings"),
+    "stem": ("ceilings",),
+    "models": ("build", "ceilings"),
+}
+
+#: Names of ops that are more than one stage.
+_OPS = {"gpsa": ("kernels", "peers"), "conv_stem": ("stem", "stem_choices")}
+
+NAMES = (*BY_NAME, *_OPS)
+
+
+def chosen(names: Iterable[str] | None) -> list[Stage]:
+    """The stages of some of :data:`NAMES` with those that they need, in the run's order; None: all.
+
+    Args:
+        names: of stages or ops.
+    """
+    if not names:
+        return list(STAGES)
+    wanted = {stage for name in names for stage in _OPS.get(name, (name,))}
+    wanted |= {need for name in wanted for need in _NEEDS.get(name, ())}
+    return [stage for stage in STAGES if stage.name in wanted]
+
 
 #: All that a run leaves, in one folder.
 FILES = (
