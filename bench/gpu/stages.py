@@ -38,13 +38,13 @@ STAGES = (
 
 BY_NAME = {stage.name: stage for stage in STAGES}
 
-#: What else runs with a stage that is asked for by name: floors are of the same run, and the compiled
+#: What else runs with a stage that is asked for by name: floors are of the same run, and compiled
 #: kernels come from the build.
 _NEEDS = {
     "graphs": ("build",),
     "sanitizer": ("build",),
     "kernels": ("ceilings",),
-    "peers": ("ceilings", "kernels"),
+    "peers": ("ceilings",),
     "patch_embed": ("build", "ceilings"),
     "stem": ("ceilings",),
     "models": ("build", "ceilings"),
