@@ -244,5 +244,7 @@ class TestRunTime:
         shares = [stage.seconds for stage in run.stages]
         first = driver.BUDGET * shares[0] / sum(shares)
         assert clock.limits[0] == pytest.approx(first + driver.GRACE)
+        second = (driver.BUDGET - 1) * shares[1] / sum(shares[1:])
+        assert clock.limits[1] == pytest.approx(second + driver.GRACE)
         last = driver.BUDGET - (len(shares) - 1)
         assert clock.limits[-1] == pytest.approx(last + driver.GRACE)

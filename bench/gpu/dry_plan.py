@@ -40,7 +40,11 @@ def _dry() -> Plan:
         embeddings=((Embedding(2, 16, 4, (8, 8)), "bfloat16"),),
         stems_checked=((Stem("tiny", 1, (9, 7), (8, 16), (2, 2), 24), ("planar",)),),
         stems=(stem,),
-        stems_timed=((stem, "bfloat16"), (stem, "tf32")),
+        # A stage less takes a quarter of the time.
+        stems_timed=(
+            (stem, "bfloat16"),
+            (stem._replace(channels=(8,), strides=(2,)), "tf32"),
+        ),
         stems_compiled=(stem,),
         sanitized=(
             ("gpsa", "float32", 1, 1, (2, 3), 16),
