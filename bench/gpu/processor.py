@@ -29,6 +29,7 @@ class Processor:
         "FASTVIT_CUDA": "0",
         "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug",
     }
+    cmake_options = ("-DCMAKE_BUILD_TYPE=Debug",)
 
     def others(self) -> list[torch.device]:
         return []
