@@ -47,7 +47,7 @@ def write(out: Path, records: Records, picture: str, *, dry: bool) -> None:
         parts.append("## Results that were not used\n\n" + "\n".join(lacking))
     missed = [f"- {n}: {', '.join(r['missed'])}" for n, r in records.items() if r.get("missed")]
     if missed:
-        parts.append("## Not reached in time\n\n" + "\n".join(missed))
+        parts.append("## Not reached in time, or left out\n\n" + "\n".join(missed))
     (out / "summary.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
