@@ -168,9 +168,9 @@ def _judge(
     times["images_per_s"] = contest.batch / times["median"]
     if rates is None:
         return
-    row, model = contender.side.row, contender.model
+    which = contender.side
     work = model_floors.work(
-        row, sum(p.numel() for p in model.parameters()), contest.batch,
+        which.row, sum(p.numel() for p in which.theirs.parameters()), contest.batch,
         number(contest.dtype).itemsize, training=contest.mode == "training",
     )  # fmt: skip
     times["floor"] = floors.seconds(work, rates, contest.dtype)
@@ -185,12 +185,12 @@ def _excused(error: str) -> bool:
 
 
 def _memory(device: Device, contender: Contender, images: torch.Tensor) -> dict[str, Any]:
-    """Of forward and backward, beyond parameters and images."""
+    """Of forward and backward, beyond parameters and images; what fails costs no times."""
     model = contender.model.train()
     leaves = [p for p in model.parameters() if p.requires_grad]
     cotangent = torch.ones(len(images), 1000, dtype=images.dtype, device=images.device)
     try:
         with pinned_to(contender.pinned):
             return device.memory(lambda: model(images), leaves, cotangent)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
         return {"error": first_line(error)}

@@ -39,7 +39,7 @@ class Target(NamedTuple):
     def verdict(self, value: float) -> str:
         """Met, or missed by how much of what was wanted."""
         short = value / self.wanted - 1 if self.at_most else 1 - value / self.wanted
-        return "met" if short <= 0 else f"missed by {100 * short:.1f} %"
+        return "met" if short <= 0 else f"missed by {100 * short:.2f} %"
 
 
 def targets(records: Records) -> list[Target]:
