@@ -12,6 +12,7 @@ from test_gpu_dry import BENCH, DRY, dry, results
 
 from fastvit.benchmark import weights
 from fastvit.benchmark.counter import count
+from fastvit.benchmark.library import build_fastvit
 from fastvit.benchmark.rows import load_rows, select_rows
 
 
@@ -43,10 +44,13 @@ class TestDryRun:
         cases = results(folder)["models"]["cases"]
         for case, (first, second) in zip(cases, gpu("model_plan").PAIRS.values(), strict=False):
             found = case["contenders"]
-            names = [f"fastvit {first}", f"fastvit {first} accelerated", f"timm {second}"]
-            names += [f"timm {second} {backend}" for backend in ("flash", "cudnn", "efficient")]
-            names += [f"timm {first}", f"fastvit {second}"]
-            assert list(found) == [n + graph for n in names for graph in ("", " graph")]
+            names = {f"{library} {f}" for library in ("timm", "fastvit") for f in (first, second)}
+            names |= {f"fastvit {first} accelerated"}
+            backends = ("flash", "cudnn", "efficient")
+            names |= {f"timm {second} {backend}" for backend in backends}
+            if first == "vit_c":
+                names |= {f"fastvit {first} {backend}" for backend in backends}
+            assert found.keys() == names | {f"{name} graph" for name in names}
             # PyTorch has one of these for processors.
             untimed = {name for name, times in found.items() if "error" in times}
             assert {name.split()[2] for name in untimed} == {"cudnn", "efficient"}
@@ -141,7 +145,7 @@ class TestContests:
         found = held()
         assert found["status"] == "failed"
         (case,) = found["cases"]
-        for name in ("fastvit vit_c", "fastvit vit_c graph"):
+        for name in ("fastvit vit_c", "fastvit vit_c graph", "fastvit vit_c flash"):
             assert case["contenders"][name]["error"].startswith("Disagreement: fastvit vit_c")
             assert "median" not in case["contenders"][name]
         assert "median" in case["contenders"]["timm vit_c"]
@@ -196,6 +200,21 @@ class TestPlan:
             assert {c.dtype for c in mine} == {"bfloat16", "float16", "float32", "tf32"}
             assert {c.image_size for c in mine} == {224, 384, 512}
             assert {c.mode for c in mine if c.way == plan.COMPILED} == {"inference", "training"}
+
+    def test_every_model_can_be_built(self, gpu):
+        """timm's and fastvit's have the same number of parameters."""
+        plan, contenders = gpu("model_plan"), gpu("model_contenders")
+        asked = {c._replace(mode="", batch=0, dtype="", way="") for c in plan.FULL}
+        for contest in asked:
+            # The other sizes are larger at 384 x 384 in the same way.
+            if contest.image_size > 224 and contest.size not in ("small", "4GF"):
+                continue
+            for row in gpu("model_rows").rows(contest):
+                with torch.device("meta"):
+                    ours = build_fastvit(row)
+                models = contenders.laid_out(row), ours
+                sizes = {sum(p.numel() for p in model.parameters()) for model in models}
+                assert len(sizes) == 1, (contest, row.family)
 
     def test_pairs_are_of_one_shape(self, gpu):
         plan, rows = gpu("model_plan"), gpu("model_rows").rows
@@ -277,11 +296,7 @@ class TestFloors:
     def test_against_the_counter(self, gpu, name):
         """The counter has besides: biases, GPSA's position scores, and the last block's tokens."""
         (row,) = select_rows([name])
-        build = gpu("model_contenders").timm_vit
-        if row.family == "ConViT":
-            build = gpu("model_contenders").build_library
-        with torch.device("meta"):
-            model = build(row)
+        model = gpu("model_contenders").laid_out(row)
         counted = count(model, 224)
         assert counted.params == row.verified.params
         rest, C, N = 0, row.embed_dim, 196

@@ -22,7 +22,7 @@ from fastvit.benchmark.weights import fastvit_model, filled
 from fastvit.testing import Agreement, agreement
 from gpu.contests import with_positions
 from gpu.device import Call, Device
-from gpu.model_plan import EAGER, Contest
+from gpu.model_plan import EAGER, VIT_C, Contest
 from gpu.patch_compare import TF32, number
 from gpu.timing import draws
 
@@ -63,12 +63,18 @@ class Contender(NamedTuple):
     frozen: bool = False
 
 
-def library_model(row: Row, device: Device, dtype: torch.dtype) -> nn.Module:
-    """timm's model of a row; of its ViT_P and ViT_C too, which is there wherever ConViT is."""
-    plain = row.family in ("ViT_P", "ViT_C")
+def laid_out(row: Row) -> nn.Module:
+    """timm's model of a row on the meta device; of its ViT_P and ViT_C too, since timm is there
+    wherever ConViT is.
+    """
+    build = timm_vit if row.family in ("ViT_P", "ViT_C") else build_library
     with torch.device("meta"):
-        model = timm_vit(row) if plain else build_library(row)
-    return _with_positions(filled(model, device=device.device, dtype=dtype), row)
+        return build(row)
+
+
+def library_model(row: Row, device: Device, dtype: torch.dtype) -> nn.Module:
+    """The same with random weights, as after some training."""
+    return _with_positions(filled(laid_out(row), device=device.device, dtype=dtype), row)
 
 
 def side(device: Device, family: str, row: Row, images: Tensor) -> Side:
@@ -98,6 +104,9 @@ def contenders(contest: Contest, sides: tuple[Side, Side]) -> Iterator[Contender
     if contest.way == EAGER:
         for backend in PINNED:
             yield Contender(f"timm {second.family} {backend}", second, second.theirs, backend)
+            # As many blocks attend in both models of this pair; few of ConViT's are plain.
+            if contest.pair == VIT_C:
+                yield Contender(f"fastvit {first.family} {backend}", first, first.ours, backend)
     yield Contender(f"timm {first.family}", first, first.theirs)
     yield Contender(f"fastvit {second.family}", second, second.ours)
 

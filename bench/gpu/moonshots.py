@@ -161,7 +161,7 @@ def _core_key(shape: dict[str, Any]) -> tuple[str, int, int]:
 def _other_cores(records: Records) -> Iterator[tuple[str, int, int]]:
     keys = (
         _core_key(case["shape"]) for case in _op_cases(records, "kernels", "core")
-        if case["shape"]["grid"] is not None
+        if case["shape"].get("grid")
     )  # fmt: skip
     yield from (key for key in dict.fromkeys(keys) if key != ("S", 196, 256))
 

@@ -12,7 +12,8 @@ from gpu.moonshots import fastest, of_family
 
 def models(records: Records) -> str:
     """Each contest with the fastest of each family and library."""
-    rows = [_model(case) for case in cases_of(records, "models")]
+    # Files of versions before this one had no pairs.
+    rows = [_model(case) for case in cases_of(records, "models") if "pair" in case]
     heads = ["pair", "size", "mode", "batch", "dtype", "image", "way",
              "fastvit's first images/s", "by", "of floor", "fastest second images/s", "by",
              "of floor", "first ÷ second", "timm's first ÷ second", "fastvit ÷ timm, first",
