@@ -332,7 +332,7 @@ def contest_of(pair, size, contenders, **changes):
 
 
 def stage(*cases, commit="abc", **more):
-    machine = {"commit": commit, "dirty": False}
+    machine = {"commit": commit, "dirty": False, "gpu": "H"}
     return {
         "status": "ok", "cases": list(cases), "machine": machine, "date": "2026-01-02T03", **more,
     }  # fmt: skip
@@ -448,8 +448,10 @@ class TestTargets:
         (tmp_path / "kernels.json").write_text(json.dumps({"kernels": kernels}), "utf-8")
         records = gpu("record").read_all(tmp_path)
         found = answers(records)
-        assert found[SMALL][4] == "first, 2026-01-02"
-        assert found["GPSA core ÷ fastest plain SDPA, S"][4] == "second, 2026-01-02, stage failed"
+        assert found[SMALL][4] == "H, first, 2026-01-02"
+        assert (
+            found["GPSA core ÷ fastest plain SDPA, S"][4] == "H, second, 2026-01-02, stage failed"
+        )
 
     def test_they_stand_first_in_the_summary(self, gpu, tmp_path):
         machine = {

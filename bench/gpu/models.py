@@ -15,16 +15,8 @@ import fastvit
 from fastvit.testing import Agreement
 from gpu import ceilings, floors, model_floors
 from gpu.device import Call, Device, tf32
-from gpu.model_contenders import (
-    Contender,
-    Training,
-    check_training,
-    contenders,
-    inference,
-    pinned_to,
-    random_images,
-    side,
-)
+from gpu.model_calls import Training, check_training, inference, pinned_to
+from gpu.model_contenders import Contender, contenders, random_images, side
 from gpu.model_plan import COMPILED, EAGER, PAIRS, Contest, contests
 from gpu.model_rows import rows
 from gpu.patch_compare import number

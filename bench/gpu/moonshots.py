@@ -3,22 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from gpu.cells import NOTHING, Records, cases_of, markdown
-from gpu.model_plan import CONVIT, CONVITS, EAGER, PAIRS, STEMS, VIT_C
+from gpu.answers import Answer, core_ratio, latency, model_ratio, other_cores, tokens_ratio
+from gpu.cells import NOTHING, Records, markdown
+from gpu.model_plan import CONVIT, CONVITS, STEMS, VIT_C
 
-_SDPA = ("flash", "efficient", "cudnn", "math")
-_CHAINS = ("timm", "timm channels_last", "linear")
 _UNMEASURED = "not measured"
-
-
-class Answer(NamedTuple):
-    """A measured figure, and what of: names of the sides and the dispersion of both."""
-
-    value: float
-    of: str
 
 
 class Target(NamedTuple):
@@ -45,23 +37,24 @@ class Target(NamedTuple):
 def targets(records: Records) -> list[Target]:
     """Those that the project set itself, and the same questions at the shapes that a run has."""
     found = [
-        Target(f"ConViT ÷ DeiT, {size}", "models", 0.98, "", _ratio(CONVIT, size))
+        Target(f"ConViT ÷ DeiT, {size}", "models", 0.98, "", model_ratio(CONVIT, size))
         for size in CONVITS
     ]
     found += [
-        Target(f"ViT_C ÷ ViT_P, {size}", "models", 0.99, "", _ratio(VIT_C, size)) for size in STEMS
+        Target(f"ViT_C ÷ ViT_P, {size}", "models", 0.99, "", model_ratio(VIT_C, size))
+        for size in STEMS
     ]
     found.append(
-        Target("GPSA core ÷ fastest plain SDPA, S", "kernels", 1.0, "", _core("S", 196, 256))
+        Target("GPSA core ÷ fastest plain SDPA, S", "kernels", 1.0, "", core_ratio("S", 196, 256))
     )
     found += [
-        Target("uint8 → tokens ÷ fastest eager chain", "patch_embed", 3.0, "", _tokens),
-        Target("batch-1 ConViT-small, CUDA graph", "models", 250.0, "µs", _latency),
+        Target("uint8 → tokens ÷ fastest eager chain", "patch_embed", 3.0, "", tokens_ratio),
+        Target("batch-1 ConViT-small, CUDA graph", "models", 250.0, "µs", latency),
     ]
     return found + [
         Target(f"GPSA core ÷ fastest plain SDPA, {label} N={N} B={B}", "kernels", 1.0, "",
-               _core(label, N, B), asked=False)
-        for label, N, B in _other_cores(records)
+               core_ratio(label, N, B), asked=False)
+        for label, N, B in other_cores(records)
     ]  # fmt: skip
 
 
@@ -99,130 +92,14 @@ def _rows(records: Records) -> Iterator[tuple[Target, list[str]]]:
 
 
 def _origin(records: Records, target: Target) -> str:
-    """Commit and day of the stage, whose files may come from several runs; and if it failed."""
+    """GPU, commit and day of the stage, whose files may come from several runs; and its status if
+    that is not ok.
+    """
     record = records.get(target.stage, {})
-    commit = (record.get("machine") or {}).get("commit") or "no commit"
-    changed = "+changes" if (record.get("machine") or {}).get("dirty") else ""
-    status = record.get("status")
-    failed = f", stage {status}" if status != "ok" else ""
-    return f"{commit[:12]}{changed}, {record.get('date', 'no date')[:10]}{failed}"
-
-
-def _model_case(records: Records, pair: str, size: str, batch: int) -> dict[str, Any] | None:
-    wanted = {
-        "pair": pair, "size": size, "batch": batch, "mode": "inference", "dtype": "bfloat16",
-        "image_size": 224, "way": EAGER,
-    }  # fmt: skip
-    # Of several the last, which a later run left.
-    cases = [c for c in cases_of(records, "models") if wanted.items() <= c.items()]
-    return cases[-1] if cases else None
-
-
-def fastest(contenders: dict[str, dict[str, Any]], names: Iterable[str]) -> str | None:
-    """The one with the least median."""
-    timed = [name for name in names if "median" in contenders.get(name, {})]
-    return min(timed, key=lambda name: contenders[name]["median"]) if timed else None
-
-
-def of_family(
-    contenders: dict[str, dict[str, Any]], family: str, library: str | None = None
-) -> list[str]:
-    """Names of the contenders that run a model of ``family``, of one library or of all."""
-    words = {name: name.split() for name in contenders}
-    return [
-        name for name, (whose, which, *_) in words.items()
-        if which == family and library in (None, whose)
-    ]  # fmt: skip
-
-
-def _ratio(pair: str, size: str) -> Callable[[Records], Answer | str]:
-    def answer(records: Records) -> Answer | str:
-        case = _model_case(records, pair, size, 256)
-        if case is None:
-            return ""
-        found, (first, second) = case["contenders"], PAIRS[pair]
-        return _over(found, of_family(found, second), of_family(found, first, "fastvit"), unit="ms")
-
-    return answer
-
-
-def _core(label: str, N: int, B: int) -> Callable[[Records], Answer | str]:
-    def answer(records: Records) -> Answer | str:
-        case = _op_case(records, "kernels", "core", lambda shape: _core_key(shape) == (label, N, B))
-        return "" if case is None else _over(case["contenders"], _SDPA, ["fastvit"])
-
-    return answer
-
-
-def _core_key(shape: dict[str, Any]) -> tuple[str, int, int]:
-    return shape["label"], shape["N"], shape["B"]
-
-
-def _other_cores(records: Records) -> Iterator[tuple[str, int, int]]:
-    keys = (
-        _core_key(case["shape"]) for case in _op_cases(records, "kernels", "core")
-        if case["shape"].get("grid")
-    )  # fmt: skip
-    yield from (key for key in dict.fromkeys(keys) if key != ("S", 196, 256))
-
-
-def _tokens(records: Records) -> Answer | str:
-    def asked(shape: dict[str, Any]) -> bool:
-        return (shape["patch"], shape["D"], shape["B"], list(shape["size"])) == (
-            16, 768, 256, [224, 224],
-        )  # fmt: skip
-
-    case = _op_case(records, "patch_embed", "eager", asked, pixels="uint8")
-    return "" if case is None else _over(case["contenders"], _CHAINS, ["fastvit"])
-
-
-def _op_cases(records: Records, stage: str, what: str, **wanted: Any) -> Iterator[dict[str, Any]]:
-    """Forward, in bfloat16, which a case that names no dtype is."""
-    for case in cases_of(records, stage, what):
-        plain = case["mode"] == "forward" and case.get("dtype", "bfloat16") == "bfloat16"
-        if plain and wanted.items() <= case.items():
-            yield case
-
-
-def _op_case(
-    records: Records, stage: str, what: str, shape: Callable[[dict[str, Any]], bool], **wanted: Any
-) -> dict[str, Any] | None:
-    cases = [c for c in _op_cases(records, stage, what, **wanted) if shape(c["shape"])]
-    return cases[-1] if cases else None
-
-
-def _latency(records: Records) -> Answer | str:
-    case = _model_case(records, CONVIT, "small", 1)
-    if case is None:
-        return ""
-    found = case["contenders"]
-    graphs = [name for name in of_family(found, "convit", "fastvit") if name.endswith(" graph")]
-    name = fastest(found, graphs)
-    if name is None:
-        return _errors(found, graphs)
-    return Answer(1e6 * found[name]["median"], f"{name} {_spread(found[name], 'µs')}")
-
-
-def _over(
-    found: dict[str, dict[str, Any]], theirs: Iterable[str], ours: Iterable[str], unit: str = "µs"
-) -> Answer | str:
-    """Time of the fastest of theirs over that of the fastest of ours."""
-    theirs, ours = list(theirs), list(ours)
-    peer, best = fastest(found, theirs), fastest(found, ours)
-    if best is None or peer is None:
-        return _errors(found, ours if best is None else theirs)
-    of = f"{best} {_spread(found[best], unit)}; {peer} {_spread(found[peer], unit)}"
-    return Answer(found[peer]["median"] / found[best]["median"], of)
-
-
-def _errors(found: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
-    said = [
-        f"{name}: {found[name]['error'][:120]}" for name in names if "error" in found.get(name, {})
-    ]
-    return said[0] if said else "no such contender"
-
-
-def _spread(times: dict[str, Any], unit: str) -> str:
-    scale = {"µs": 1e6, "ms": 1e3}[unit]
-    middle, low, high = (f"{scale * times[k]:,.2f}" for k in ("median", "q20", "q80"))
-    return f"{middle} ({low}–{high}) {unit}"
+    machine = record.get("machine") or {}
+    changes = "+changes" if machine.get("dirty") else ""
+    commit = (machine.get("commit") or "no commit")[:12] + changes
+    said = [machine.get("gpu") or "no GPU", commit, record.get("date", "no date")[:10]]
+    if record.get("status") != "ok":
+        said.append(f"stage {record.get('status')}")
+    return ", ".join(said)

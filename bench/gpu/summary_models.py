@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu.answers import fastest, of_family
 from gpu.cells import NOTHING, Records, cases_of, markdown, share
 from gpu.model_plan import PAIRS
-from gpu.moonshots import fastest, of_family
 
 
 def models(records: Records) -> str:
