@@ -437,6 +437,11 @@ class TestTargets:
         found = answers({"patch_embed": stage(case, *others)})[name]
         assert found[:3] == ["≥ 3", "2.900", "missed by 3.33 %"]
 
+    def test_other_shapes_alone_make_no_table(self, gpu):
+        """Those of a dry run are none that was asked for."""
+        records = {"kernels": stage(core("S", 16, 1, timed(fastvit=1.0, flash=1.0)))}
+        assert gpu("moonshots").table(records) == ""
+
     def test_files_of_several_runs_in_one_folder(self, answers, gpu, tmp_path):
         """Each answer says which commit it is of, and a stage that failed is named."""
         contenders = timed(**{"fastvit convit": 1.0, "timm deit": 1.0})

@@ -68,9 +68,11 @@ def line(records: Records) -> str:
 
 
 def table(records: Records) -> str:
-    """Every target with its figure and verdict; nothing where none was measured."""
+    """Every target with its figure and verdict; nothing where none of the project's was measured,
+    as in a dry run.
+    """
     rows = list(_rows(records))
-    if all(cells[2] == NOTHING for _, cells in rows):
+    if all(cells[2] == NOTHING for target, cells in rows if target.asked):
         return ""
     heads = ["target", "wanted", "measured", "verdict", "what (median, 20–80 %)", "measured at"]
     return markdown(heads, [cells for _, cells in rows])
