@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
 import torch
-from test_gpu_dry import BENCH, DRY, dry, results
+from gpu_dry import dry, gpu, results
 
 from fastvit.benchmark import weights
 from fastvit.benchmark.counter import count
@@ -24,15 +23,8 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """Imports a module of the bench."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return lambda name: importlib.import_module(f"gpu.{name}")
-
-
 class TestDryRun:
-    def test_every_contest_is_held(self, folder, gpu):
+    def test_every_contest_is_held(self, folder):
         stage = results(folder)["models"]
         assert (stage["status"], stage["missed"]) == ("ok", [])
         plan = gpu("model_plan").DRY
@@ -40,7 +32,7 @@ class TestDryRun:
         for case, contest in zip(stage["cases"], plan, strict=True):
             assert contest._asdict().items() <= case.items()
 
-    def test_contenders_of_inference(self, folder, gpu):
+    def test_contenders_of_inference(self, folder):
         cases = results(folder)["models"]["cases"]
         for case, (first, second) in zip(cases, gpu("model_plan").PAIRS.values(), strict=False):
             found = case["contenders"]
@@ -91,13 +83,13 @@ class TestDryRun:
         tables = {part.splitlines()[0]: part for part in parts}
         assert "Targets" not in tables
         for title in ("Models", "Minutes per ImageNet epoch, bfloat16"):
-            assert DRY in tables[title]
+            assert gpu("summary").DRY in tables[title]
         assert tables["Models"].count("\n| ConViT ÷ DeiT | dry ") == 4
         assert "| 305 images/s |" in tables["Minutes per ImageNet epoch, bfloat16"]
 
 
 @pytest.fixture
-def held(gpu, tmp_path, monkeypatch):
+def held(tmp_path, monkeypatch):
     """Holds one contest on the processor and returns the stage's results."""
     models, plan = gpu("models"), gpu("model_plan")
     device = gpu("device").Processor()
@@ -115,7 +107,7 @@ def held(gpu, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ours(gpu, monkeypatch):
+def ours(monkeypatch):
     """Puts a hook behind the forward of fastvit's models of a family."""
     module = gpu("model_contenders")
     build = module.fastvit_model
@@ -184,14 +176,14 @@ class TestContests:
 
 
 class TestPlan:
-    def test_the_targets_come_first(self, gpu):
+    def test_the_targets_come_first(self):
         plan = gpu("model_plan")
         asked = {plan.Contest(plan.CONVIT, size) for size in plan.CONVITS}
         asked |= {plan.Contest(plan.VIT_C, size) for size in plan.STEMS}
         asked.add(plan.Contest(plan.CONVIT, "small", batch=1))
         assert set(plan.FULL[: len(asked)]) == asked
 
-    def test_everything_is_asked_of_the_main_models(self, gpu):
+    def test_everything_is_asked_of_the_main_models(self):
         plan = gpu("model_plan")
         assert len(set(plan.FULL)) == len(plan.FULL)
         for pair, size in ((plan.CONVIT, "small"), (plan.VIT_C, "4GF")):
@@ -201,7 +193,7 @@ class TestPlan:
             assert {c.image_size for c in mine} == {224, 384, 512}
             assert {c.mode for c in mine if c.way == plan.COMPILED} == {"inference", "training"}
 
-    def test_every_model_can_be_built(self, gpu):
+    def test_every_model_can_be_built(self):
         """timm's and fastvit's have the same number of parameters."""
         plan, contenders = gpu("model_plan"), gpu("model_contenders")
         asked = {c._replace(mode="", batch=0, dtype="", way="") for c in plan.FULL}
@@ -216,7 +208,7 @@ class TestPlan:
                 sizes = {sum(p.numel() for p in model.parameters()) for model in models}
                 assert len(sizes) == 1, (contest, row.family)
 
-    def test_pairs_are_of_one_shape(self, gpu):
+    def test_pairs_are_of_one_shape(self):
         plan, rows = gpu("model_plan"), gpu("model_rows").rows
         for contest in plan.FULL:
             first, second = rows(contest)
@@ -225,7 +217,7 @@ class TestPlan:
             assert second.depth - first.depth == (contest.pair == plan.VIT_C)
         assert rows(plan.Contest(plan.CONVIT, "small"))[1].embed_dim == 432
 
-    def test_epochs_go_by_value(self, gpu):
+    def test_epochs_go_by_value(self):
         rows = gpu("epoch").ordered(load_rows())
         assert len(rows) == 31
         assert [row.name for row in rows[:2]] == ["ConViT-S", "ViT_C-4GF"]
@@ -233,7 +225,7 @@ class TestPlan:
 
 
 @pytest.fixture
-def epoch(gpu, tmp_path, monkeypatch):
+def epoch(tmp_path, monkeypatch):
     module = gpu("epoch")
 
     def run(seconds=1000.0):
@@ -267,7 +259,7 @@ class TestEpochs:
 
 
 class TestFloors:
-    def test_by_hand(self, gpu):
+    def test_by_hand(self):
         """One block of width 32 over 4 patches of an image of 32 x 32; the classifier asks for one
         of its 5 tokens.
         """
@@ -283,7 +275,7 @@ class TestFloors:
         flops = 2 * 3 * (3 * products - patches)
         assert work(row, 7_000, 3, 4, training=True) == (moved, flops)
 
-    def test_of_a_stem(self, gpu):
+    def test_of_a_stem(self):
         """Convolutions of 3 x 3 to 8, 8, 16 and 16 channels, each halving, and one of 1 x 1."""
         row = gpu("model_rows").dry_row("ViT_C-4GF")
         found = list(gpu("model_floors")._embedding(row))
@@ -293,7 +285,7 @@ class TestFloors:
         ]  # fmt: skip
 
     @pytest.mark.parametrize("name", ["ConViT-S", "DeiT-B", "ViT_P-4GF", "ViT_C-18GF"])
-    def test_against_the_counter(self, gpu, name):
+    def test_against_the_counter(self, name):
         """The counter has besides: biases, GPSA's position scores, and the last block's tokens."""
         (row,) = select_rows([name])
         model = gpu("model_contenders").laid_out(row)
@@ -345,7 +337,7 @@ def core(label, N, B, contenders, **changes):
 
 
 @pytest.fixture
-def answers(gpu):
+def answers():
     """Cells of the table by target."""
     moonshots = gpu("moonshots")
 
@@ -361,7 +353,7 @@ SMALL = "ConViT ÷ DeiT, small"
 
 
 class TestTargets:
-    def test_met_missed_and_not_measured(self, answers, gpu):
+    def test_met_missed_and_not_measured(self, answers):
         deit = {"timm deit": 10.0, "timm deit flash": 9.9, "fastvit deit": 12.0}
         records = {
             "models": stage(
@@ -437,12 +429,12 @@ class TestTargets:
         found = answers({"patch_embed": stage(case, *others)})[name]
         assert found[:3] == ["≥ 3", "2.900", "missed by 3.33 %"]
 
-    def test_other_shapes_alone_make_no_table(self, gpu):
+    def test_other_shapes_alone_make_no_table(self):
         """Those of a dry run are none that was asked for."""
         records = {"kernels": stage(core("S", 16, 1, timed(fastvit=1.0, flash=1.0)))}
         assert gpu("moonshots").table(records) == ""
 
-    def test_files_of_several_runs_in_one_folder(self, answers, gpu, tmp_path):
+    def test_files_of_several_runs_in_one_folder(self, answers, tmp_path):
         """Each answer says which commit it is of, and a stage that failed is named."""
         contenders = timed(**{"fastvit convit": 1.0, "timm deit": 1.0})
         models = stage(contest_of("ConViT ÷ DeiT", "small", contenders), commit="first")
@@ -458,7 +450,7 @@ class TestTargets:
             found["GPSA core ÷ fastest plain SDPA, S"][4] == "H, second, 2026-01-02, stage failed"
         )
 
-    def test_they_stand_first_in_the_summary(self, gpu, tmp_path):
+    def test_they_stand_first_in_the_summary(self, tmp_path):
         machine = {
             "commit": "abc", "dirty": False, "versions": {"torch": "2"}, "gpu": "a GPU", "cpu": "",
         }  # fmt: skip
