@@ -32,7 +32,8 @@ STAGES = (
     Stage("patch_embed", "kernels.json", 80, "images to tokens: agreement, times with peers"),
     Stage("stem", "kernels.json", 80, "the convolutional stem: agreement, times with peers"),
     Stage("stem_choices", "kernels.json", 40, "which layers of the stem cuDNN does faster"),
-    Stage("models", "models.json", 50, "ConViT against DeiT"),
+    Stage("models", "models.json", 90, "ConViT against DeiT, ViT_C against ViT_P"),
+    Stage("epoch", "models.json", 40, "minutes per ImageNet epoch of the papers' models"),
 )
 
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -42,6 +43,9 @@ FILES = (
     *dict.fromkeys(stage.file for stage in STAGES),
     "verified.json",
     "stem_choices.json",
+    "epoch.json",
+    "epoch.md",
+    "epoch.svg",
     "summary.md",
     "summary.svg",
 )

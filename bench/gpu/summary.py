@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu import moonshots, summary_models
 from gpu.cells import (
     NOTHING,
     Records,
@@ -34,7 +35,8 @@ def write(out: Path, records: Records, picture: str, *, dry: bool) -> None:
         picture: the line that shows it, or says why there is none.
     """
     note = f"*{DRY}*\n\n" if dry else ""
-    parts = [f"# fastvit on a GPU\n\n{_head(records)}", f"{note}{stage_table(records)}"]
+    parts = [f"# fastvit on a GPU\n\n{_head(records)}", f"{note}{moonshots.line(records)}"]
+    parts.append(f"{note}{stage_table(records)}")
     for title, make in _TABLES.items():
         table = make(records)
         if table:
@@ -136,29 +138,6 @@ def _peers(records: Records) -> str:
         if "flash" in case["contenders"]
     ]
     return markdown(["shape", "mode", *(f"{n} µs" for n in names)], rows)
-
-
-def _models(records: Records) -> str:
-    rows = []
-    for case in cases_of(records, "models"):
-        rate = {n: t.get("images_per_s") for n, t in case["contenders"].items()}
-
-        def over(a: str, b: str, rate: dict[str, Any] = rate) -> str:
-            return f"{rate[a] / rate[b]:.2f}" if rate.get(a) and rate.get(b) else NOTHING
-
-        rows.append(
-            [
-                case["size"], str(case["batch"]), case["mode"],
-                *(f"{rate[n]:,.0f}" if rate[n] else case["contenders"][n]["error"][:40] for n in
-                  ("timm convit", "fastvit convit", "timm deit", "fastvit deit")),
-                over("fastvit convit", "timm convit"), over("timm convit", "timm deit"),
-                over("fastvit convit", "timm deit"), over("fastvit convit", "fastvit deit"),
-            ]
-        )  # fmt: skip
-    heads = ["size", "batch", "mode", "timm ConViT images/s", "fastvit ConViT", "timm DeiT",
-             "fastvit DeiT", "fastvit ÷ timm", "timm ConViT ÷ DeiT",
-             "fastvit ConViT ÷ timm DeiT", "÷ fastvit DeiT"]  # fmt: skip
-    return markdown(heads, rows)
 
 
 def _embedding(records: Records) -> str:
@@ -264,11 +243,13 @@ def _outcomes(stage: str) -> Callable[[Records], str]:
 
 
 _TABLES: dict[str, Callable[[Records], str]] = {
+    "Targets": moonshots.table,
     "Ceilings": _ceilings,
     "Attention and its position term, against plain attention": _core,
     "GPSA layer, against timm's": _module,
     "Plain attention of PyTorch, by backend": _peers,
-    "Models, bfloat16": _models,
+    "Models": summary_models.models,
+    "Minutes per ImageNet epoch, bfloat16": summary_models.epoch,
     "Patch embedding with class token and positions": _embedding,
     "Convolutional stem": _stem,
     "Agreement with float64": _agreement("agreement"),
