@@ -156,7 +156,8 @@ def _drift(ratios: dict[Key, float], predicted: dict[Key, float]) -> Drift:
 
 def _noise(errors: Sequence[float]) -> float:
     kept = sorted(errors)[math.ceil(_SHARE * len(errors)) - 1]
-    return max(_LEAST_NOISE, math.exp(kept))
+    # What sets the noise must not be beyond it by rounding.
+    return max(_LEAST_NOISE, math.exp(kept) * (1.0 + 1e-9))
 
 
 def _local(ratios: dict[Key, float], key: Key, otherwise: float) -> float:

@@ -61,6 +61,8 @@ class Results:
     """All figures of one file or folder, and what it says of the run that made them."""
 
     path: str
+    #: Whether it is a folder, in which tables of several compilers may lie.
+    folder: bool = False
     #: gpu, cpu and threads; empty for tables that no machine measured.
     machine: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

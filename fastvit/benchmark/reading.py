@@ -29,8 +29,8 @@ def read(path: Path) -> Results:
         Unreadable: it is not there, holds no results, or holds figures that its samples do not
             give.
     """
-    results = Results(str(path))
-    if path.is_dir():
+    results = Results(str(path), folder=path.is_dir())
+    if results.folder:
         for file in sorted(path.glob("*.json")):
             content = _content(file)
             reader = _reader(content)

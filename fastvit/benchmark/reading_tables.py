@@ -23,12 +23,8 @@ def read_table(content: dict[str, Any], results: Results) -> None:
     """Add registers, shared memory, predicted times and all else that a row has."""
     compiler = "triton" if "triton" in content else "nvcc"
     version = content[compiler]
-    # In a folder there may be the tables of several versions.
-    source = compiler
-    if any(key.source == compiler for key in results.figures):
-        source = f"{compiler} {version}"
-    versions = {compiler if source == compiler else source: version}
-    results.versions = {**results.versions, **versions}
+    source = f"{compiler} {version}" if results.folder else compiler
+    results.versions = {**results.versions, source: version}
     for row in content["rows"]:
         direction, case = row.get("direction", ""), row.get("case", "")
         key = Key(source, row["kernel"], shape=row["arch"], dtype=case, mode=direction)
