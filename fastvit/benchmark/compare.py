@@ -5,14 +5,16 @@ Two runs of the same code differ: the machine is warmer, slower, busier. Both ru
 has not changed in between, the libraries' contenders, in turns with ours. They are what a change is
 held against:
 
-- The **drift** of a contest is the median of B over A among its own peers, which met the same
-  moments of the machine as ours did; where a contest has none, among all peers of the run. Times
-  of B are divided by it before they are judged.
-- The **noise** from run to run is how far that prediction is off where the answer is known: every
-  peer is predicted by the other peers of its contest, or of the run, and the noise is the error
-  that 95 % of them keep to, at least 2 %. It is that of the peers of the same file or stage and
-  mode where there are 8 of them, since short steps scatter more than long ones, else that of all.
-  Without two peers it cannot be measured, and is taken as 5 %.
+- The **drift** is the median of B over A among peers, and the times of B are divided by it before
+  they are judged. A busy moment of the machine hits a whole contest, which its own peers tell; a
+  stumble of one library's contender hits only that one, which the peers of the whole run tell. So
+  of the two medians the one is taken that explains more of a change.
+- The **noise** from run to run is how much remains where nothing changed: every peer is held
+  against the other peers in the same way, and the noise is 2.5 times the error that 90 % of them
+  keep to, at least 2 %: with errors of a normal distribution four deviations, so that hundreds of
+  figures give no false alarm. It is that of the peers of the same file or stage and mode where
+  there are 8 of them, since short steps scatter more than long ones, else that of all. Without two
+  peers it cannot be measured, and is taken as 5 %.
 - A time is **slower** or **faster** if the intervals from the 20th to the 80th percentile of A and
   of drift-corrected B do not overlap, and the medians differ by more than the noise. The first
   says that the rounds of each run agree among themselves, the second that it is more than two runs
@@ -43,7 +45,8 @@ FAILED, APPEARED, VANISHED = "failed", "appeared", "vanished"
 #: Verdicts on our code that make a comparison fail.
 WORSE = (SLOWER, GREW, FAILED)
 
-_LEAST_NOISE, _UNKNOWN_NOISE, _SHARE = 1.02, 1.05, 0.95
+_LEAST_NOISE, _UNKNOWN_NOISE = 1.02, 1.05
+_SHARE, _MARGIN = 0.9, 2.5
 #: Peers from which a file or stage and mode has a noise of its own.
 _ENOUGH = 8
 
@@ -99,8 +102,8 @@ class Comparison:
 def compare(a: Results, b: Results) -> Comparison:
     """Every figure that one of the runs has; A is the earlier one."""
     ratios = _ratios(a, b)
-    predicted = _predicted(ratios)
-    drift = _drift(ratios, predicted) if _timed(a) and _timed(b) else None
+    expected = {key: _expected(_others(ratios, key), key, ratio) for key, ratio in ratios.items()}
+    drift = _drift(ratios, expected) if _timed(a) and _timed(b) else None
     changes = []
     for key in dict.fromkeys([*a.figures, *b.figures]):
         old, new = a.figures.get(key), b.figures.get(key)
@@ -108,9 +111,9 @@ def compare(a: Results, b: Results) -> Comparison:
             changes.append(_one_sided(key, old, new))
         elif old.samples and new.samples:
             assert drift is not None
-            # What is predicted of a peer must not come from itself.
-            local = predicted[key] if key in predicted else _local(ratios, key, drift.ratio)
-            changes.append(_judged(old, new, local, drift.noise_of(key)))
+            # What is expected of a peer must not come from itself.
+            likely = expected[key] if key in expected else _expected(ratios, key, 1.0)
+            changes.append(_judged(old, new, likely, drift.noise_of(key)))
         else:
             changes.append(_exact(old, new))
     return Comparison(changes, drift)
@@ -130,44 +133,42 @@ def _ratios(a: Results, b: Results) -> dict[Key, float]:
     return found
 
 
-def _predicted(ratios: dict[Key, float]) -> dict[Key, float]:
-    """What the other peers say that a peer's ratio is; its own where it is the only one."""
-    found = {}
-    for key, ratio in ratios.items():
-        others = {other: r for other, r in ratios.items() if other != key}
-        found[key] = _local(others, key, statistics.median(others.values())) if others else ratio
-    return found
+def _others(ratios: dict[Key, float], key: Key) -> dict[Key, float]:
+    return {other: ratio for other, ratio in ratios.items() if other != key}
 
 
-def _drift(ratios: dict[Key, float], predicted: dict[Key, float]) -> Drift:
-    if not ratios:
-        return Drift(1.0, _UNKNOWN_NOISE, 0)
-    overall = statistics.median(ratios.values())
-    if len(ratios) == 1:
-        return Drift(overall, _UNKNOWN_NOISE, 1)
+def _expected(ratios: dict[Key, float], key: Key, otherwise: float) -> list[float]:
+    """Drifts by the peers of a figure's contest, and by those of the whole run."""
+    contest = [ratio for other, ratio in ratios.items() if other.contest == key.contest]
+    groups = [group for group in (contest, list(ratios.values())) if group]
+    return [statistics.median(group) for group in groups] or [otherwise]
+
+
+def _explaining(drifts: Sequence[float], ratio: float) -> float:
+    """The drift that leaves least of a change."""
+    return min(drifts, key=lambda drift: abs(math.log(ratio / drift)))
+
+
+def _drift(ratios: dict[Key, float], expected: dict[Key, list[float]]) -> Drift:
+    if len(ratios) < 2:
+        return Drift(next(iter(ratios.values()), 1.0), _UNKNOWN_NOISE, len(ratios))
     errors: dict[tuple[str, str], list[float]] = {}
     for key, ratio in ratios.items():
-        group = errors.setdefault((key.source, key.mode), [])
-        group.append(abs(math.log(ratio / predicted[key])))
+        error = abs(math.log(ratio / _explaining(expected[key], ratio)))
+        errors.setdefault((key.source, key.mode), []).append(error)
     noises = {group: _noise(found) for group, found in errors.items() if len(found) >= _ENOUGH}
     everything = [error for found in errors.values() for error in found]
-    return Drift(overall, _noise(everything), len(ratios), noises)
+    return Drift(statistics.median(ratios.values()), _noise(everything), len(ratios), noises)
 
 
 def _noise(errors: Sequence[float]) -> float:
     kept = sorted(errors)[math.ceil(_SHARE * len(errors)) - 1]
-    # What sets the noise must not be beyond it by rounding.
-    return max(_LEAST_NOISE, math.exp(kept) * (1.0 + 1e-9))
+    return max(_LEAST_NOISE, math.exp(_MARGIN * kept))
 
 
-def _local(ratios: dict[Key, float], key: Key, otherwise: float) -> float:
-    """The drift of a contest by its own peers."""
-    contest = [ratio for other, ratio in ratios.items() if other.contest == key.contest]
-    return statistics.median(contest) if contest else otherwise
-
-
-def _judged(old: Figure, new: Figure, drift: float, noise: float) -> Change:
+def _judged(old: Figure, new: Figure, drifts: Sequence[float], noise: float) -> Change:
     before, after = spread(old.samples), spread(new.samples)
+    drift = _explaining(drifts, after.median / before.median)
     ratio = after.median / before.median / drift
     verdict = WITHIN
     if after.q20 / drift > before.q80 and ratio > noise:

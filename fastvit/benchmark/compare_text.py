@@ -93,8 +93,8 @@ def _drift(comparison: Comparison) -> str:
         return f"Drift: both runs timed {known} of a library; noise is taken as {noise}."
     return (
         f"Drift: {100 * (drift.ratio - 1):+.1f} % in the medians of {drift.peers} contenders of "
-        f"libraries; noise from run to run {noise}. Ours are judged after division by the drift "
-        "of their contest."
+        f"libraries; noise from run to run {noise}. B ÷ A is after division by the drift of the "
+        "last column."
     )
 
 
@@ -118,7 +118,7 @@ def _row(change: Change) -> list[Cell]:
     cells = [_value(value, timed=timed) for value in (change.before, change.after)]
     name = f"  {change.key}"
     if change.reason:
-        name += f": {change.reason[:100]}"
+        name += f": {change.reason[:60]}"
     ratio = NOTHING if change.ratio is None else f"{change.ratio:.2f}x"
     drift = NOTHING if change.drift is None else f"{change.drift:.2f}x"
     return [name, *cells, ratio, drift]
