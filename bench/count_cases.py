@@ -46,24 +46,24 @@ def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _gpsa(dtype: torch.dtype) -> Case:
     """ConViT-S: more images than a tile has, so that there are several."""
-    q, k, v = (_leaf(4, 196, 9, 48, dtype=dtype) for _ in range(3))
+    q, k, v = (_leaf(2, 196, 9, 48, dtype=dtype) for _ in range(3))
     position = _leaf(9, 3, dtype=dtype), _leaf(9, dtype=dtype)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, gating: Tensor) -> Tensor:
         heads = (x.transpose(1, 2) for x in (q, k, v))
         return functional.gpsa_attention(*heads, weight, gating, (14, 14), backend=_BACKEND)
 
-    return Case(_name("gpsa B4 H9 14x14 d48", dtype), forward, (q, k, v, *position))
+    return Case(_name("gpsa B2 H9 14x14 d48", dtype), forward, (q, k, v, *position))
 
 
 def _mhsa(dtype: torch.dtype) -> Case:
-    q, k, v = (_leaf(4, 197, 6, 64, dtype=dtype) for _ in range(3))
+    q, k, v = (_leaf(2, 197, 6, 64, dtype=dtype) for _ in range(3))
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (x.transpose(1, 2) for x in (q, k, v))
         return functional.attention(*heads, backend=_BACKEND)
 
-    return Case(_name("mhsa B4 H6 N197 d64", dtype), forward, (q, k, v))
+    return Case(_name("mhsa B2 H6 N197 d64", dtype), forward, (q, k, v))
 
 
 def _stem(dtype: torch.dtype, training: bool) -> Case:
@@ -84,8 +84,8 @@ def _stem(dtype: torch.dtype, training: bool) -> Case:
             images, stages, *projection, training=training, backend=_BACKEND
         )
 
-    name = f"conv_stem {'training' if training else 'eval'} B2 3x64x64 c24-48-96-192 D192"
-    images = torch.zeros(2, 3, 64, 64, dtype=dtype)
+    name = f"conv_stem {'training' if training else 'eval'} B2 3x32x32 c24-48-96-192 D192"
+    images = torch.zeros(2, 3, 32, 32, dtype=dtype)
     return Case(_name(name, dtype), forward, (images,), (*learned, *projection))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-THREADS = 2
+THREADS = 1
 
 _COMPOSED = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
