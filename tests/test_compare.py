@@ -345,7 +345,48 @@ def test_other_versions_are_told(tell):
     b = made.contests(1, versions={**made.VERSIONS, "torch": "2.16.0"})
     told = tell(made.contests(0), b)
     assert told.status == 0
-    assert "torch is 2.15.0 in A and 2.16.0 in B" in told.out
+    assert "torch is 2.15.0 in A and 2.16.0 in B, so its contenders changed, too" in told.out
+    told = tell(made.resources(), {**made.resources(), "triton": "3.6"})
+    assert told.status == 0
+    assert "triton is 3.9 in A and 3.6 in B, so the changes may be its" in told.out
+
+
+def test_files_of_all_kinds_in_a_folder_are_read(tell, tmp_path):
+    """Two tables of one kernel by two compilers among them."""
+    for name, seed in (("run_a", 0), ("run_b", 2)):
+        made.write(tmp_path / name / "modules.json", made.contests(seed))
+        made.write(tmp_path / name / "kernels.json", {"kernels": _timed_here(seed)})
+        made.write(tmp_path / name / "triton-3.9.json", made.resources())
+        made.write(tmp_path / name / "triton-3.6.json", {**made.resources(), "triton": "3.6"})
+        made.write(tmp_path / name / "verified.json", {"entries": []})
+    told = tell(tmp_path / "run_a", tmp_path / "run_b", "--json")
+    assert told.status == 0, told.err
+    sources = {c["source"] for c in told.data["changes"]}
+    assert sources == {"modules", "kernels", "triton 3.6", "triton 3.9"}
+
+
+def _timed_here(seed: int) -> dict[str, Any]:
+    """A stage on the machine of the contests, by its commit."""
+    stage = made.stage(seed, commit=f"commit{seed}")
+    stage["machine"].update(made.MACHINE)
+    return stage
+
+
+def test_what_was_timed_twice_counts_once_by_its_first_samples(results_of):
+    """A stage may have a contender in several contests of one shape."""
+    stage = made.stage(0)
+    first, *_ = cases = stage["cases"]
+    again = json.loads(json.dumps(made.stage(5)["cases"][0]))
+    cases.append(again)
+    figures = results_of({"peers": stage}).figures
+    (key,) = (
+        k for k in figures if k.batch == "256" and k.mode == "forward" and "fl" in k.contender
+    )
+    assert list(figures[key].samples) == first["contenders"]["flash"]["samples"]
+    # But samples come before an error.
+    first["contenders"]["flash"] = {"error": "no memory"}
+    figures = results_of({"peers": stage}).figures
+    assert list(figures[key].samples) == again["contenders"]["flash"]["samples"]
 
 
 @pytest.mark.parametrize(

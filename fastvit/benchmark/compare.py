@@ -233,13 +233,15 @@ def refusals(a: Results, b: Results) -> list[str]:
 def warnings(a: Results, b: Results) -> list[str]:
     """What a reader has to know, in sentences."""
     said = [*a.notes, *b.notes]
-    for name in sorted({*a.versions, *b.versions} - {"fastvit"}):
-        old, new = a.versions.get(name, "none"), b.versions.get(name, "none")
-        if old != new:
-            effect = "so its contenders changed, too, and the drift has that in it"
-            if not _timed(a):
-                effect = "so the changes may be its, not those of the code"
-            said.append(f"{name} is {old} in A and {new} in B, {effect}")
+    library = "so its contenders changed, too, and the drift has that in it"
+    maker = "so the changes may be its, not those of the code"
+    for old, new, effect in (
+        (a.versions, b.versions, library),
+        (a.makers, b.makers, maker),
+    ):
+        for name in sorted(old.keys() & new.keys() - {"fastvit"}):
+            if old[name] != new[name]:
+                said.append(f"{name} is {old[name]} in A and {new[name]} in B, {effect}")
     return said
 
 

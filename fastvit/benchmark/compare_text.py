@@ -140,7 +140,7 @@ def as_dict(a: Results, b: Results, comparison: Comparison, notes: Sequence[str]
         {
             "path": run.path,
             "machine": run.machine,
-            "versions": run.versions,
+            "versions": {**run.versions, **run.makers},
             "commit": run.commit,
             "date": run.date,
         }

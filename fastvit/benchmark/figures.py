@@ -66,6 +66,8 @@ class Results:
     #: gpu, cpu and threads; empty for tables that no machine measured.
     machine: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    #: What made its tables, with versions.
+    makers: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     date: str | None = None
     #: What speaks against comparing it, in sentences.
@@ -113,7 +115,9 @@ class Results:
             self.machine.get("gpu") or "",
             self.machine.get("cpu", "no machine: counted or compiled, not timed")
             + (f", {threads} thread{'' if threads == '1' else 's'}" if threads else ""),
-            ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            ", ".join(
+                f"{name} {version}" for name, version in {**self.versions, **self.makers}.items()
+            ),
             f"commit {self.commit}" if self.commit else "no commit",
             self.date or "no date",
         ]

@@ -24,7 +24,7 @@ def read_table(content: dict[str, Any], results: Results) -> None:
     compiler = "triton" if "triton" in content else "nvcc"
     version = content[compiler]
     source = f"{compiler} {version}" if results.folder else compiler
-    results.versions = {**results.versions, source: version}
+    results.makers[source] = version
     for row in content["rows"]:
         direction, case = row.get("direction", ""), row.get("case", "")
         key = Key(source, row["kernel"], shape=row["arch"], dtype=case, mode=direction)
@@ -44,7 +44,7 @@ def is_counts(content: dict[str, Any]) -> bool:
 
 def read_counts(content: dict[str, Any], results: Results) -> None:
     """Add operators and bytes of a call on the composed path, launches and bytes on the kernels."""
-    results.versions = {**results.versions, "torch": ", ".join(content["composed"])}
+    results.makers["counted with torch"] = ", ".join(content["composed"])
     for version, rows in content["composed"].items():
         for row in rows:
             key = Key(f"torch {version}", row["case"], mode=row["direction"])
