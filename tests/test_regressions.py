@@ -240,3 +240,28 @@ def test_a_batch_norm_without_bias(missing: tuple[str, ...]) -> None:
     expected.backend = "reference"
     torch.testing.assert_close(stem(images), expected(images))
     torch.testing.assert_close(stem[1].bn.running_var, expected[1].bn.running_var)
+
+
+def test_results_may_be_changed_in_place_whatever_made_them():
+    """Before torch 2.15 ``linear`` gives a view, which no Function may hand out."""
+    from fastvit.ops.library import differentiable
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return (2 * x).view(-1), x.shape[0]
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.shape = inputs[0].shape
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            return 2 * grad.view(ctx.shape)
+
+    x = torch.ones(2, 3, requires_grad=True)
+    doubled, rows = differentiable(Doubled)(Doubled.forward)(x)
+    doubled.add_(1.0).sum().backward()
+    assert rows == 2
+    assert torch.equal(doubled, torch.full((6,), 3.0))
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0))

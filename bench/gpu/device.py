@@ -50,6 +50,14 @@ class GPU:
         # The letter gives access to instructions of this one architecture.
         return {"FASTVIT_CUDA_ARCHS": f"{major}{minor}{'a' if major in (9, 10) else ''}"}
 
+    @property
+    def cmake_options(self) -> list[str]:
+        """The same for CMake without setup.py."""
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        archs = self.build_environment["FASTVIT_CUDA_ARCHS"]
+        options = {"FASTVIT_CUDA": "ON", "FASTVIT_CUDA_ARCHS": archs, "CMAKE_CUDA_COMPILER": nvcc}
+        return [f"-D{name}={value}" for name, value in options.items()]
+
     def others(self) -> list[torch.device]:
         return [torch.device("cuda", i) for i in range(1, torch.cuda.device_count())]
 
@@ -186,6 +194,7 @@ class Processor:
         "FASTVIT_CUDA": "0",
         "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Debug",
     }
+    cmake_options = ("-DCMAKE_BUILD_TYPE=Debug",)
 
     def others(self) -> list[torch.device]:
         return []

@@ -183,7 +183,7 @@ def differentiable(
     class EagerTwin(function):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = function.forward(*args)
+            output = _no_views(function.forward(*args))
             function.setup_context(ctx, args, output)
             return output
 
@@ -208,6 +208,15 @@ def differentiable(
         return call
 
     return decorate
+
+
+def _no_views(output: Any) -> Any:
+    """What a Function returns must not be a view if callers are to change it in place. Before torch
+    2.15 the result of ``linear`` on three dimensions is one.
+    """
+    if isinstance(output, tuple):
+        return tuple(map(_no_views, output))
+    return output.detach() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
