@@ -22,7 +22,7 @@ and the tests share:
 ``command``, ``drive``     ``fastvit bench``
 ``figures``, ``stated``    figures with an identity; what a file states follows from its samples
 ``reading*``               files of results as figures
-``compare*``               what changed between two runs beyond the measured spread
+``compar*``                what changed between two runs beyond the measured spread
 =========================  ==========================================================
 
 timm, torchvision and matplotlib (the ``bench`` extra) are imported by the functions that need

@@ -114,7 +114,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     # Here, as above.
-    from fastvit.benchmark import compare, compare_text
+    from fastvit.benchmark import comparable, compare, compare_text
     from fastvit.benchmark.reading import read
     from fastvit.benchmark.stated import Unreadable
 
@@ -122,17 +122,17 @@ def _compare(arguments: argparse.Namespace) -> int:
         a, b = (read(path) for path in arguments.compare)
     except Unreadable as error:
         arguments.parser.error(str(error))
-    nothing = compare.incomparable(a, b)
+    nothing = comparable.incomparable(a, b)
     if nothing:
         arguments.parser.error(nothing)
-    doubts = compare.refusals(a, b)
+    doubts = comparable.refusals(a, b)
     if doubts and not arguments.force:
         listed = "\n".join(f"- {doubt}" for doubt in doubts)
         arguments.parser.error(f"not compared (--force does it all the same):\n{listed}")
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     found = compare.compare(a, b)
-    notes = compare.warnings(a, b)
+    notes = comparable.warnings(a, b)
     if arguments.json:
         print(json.dumps(compare_text.as_dict(a, b, found, [*doubts, *notes]), indent=1))
     else:
