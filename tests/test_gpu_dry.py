@@ -1,130 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make gpu`` where there is no GPU: the same code on tiny shapes, and the floors by hand."""
+"""``make gpu`` where there is no GPU: all stages once, in tiny sizes, through the same code."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+from gpu_dry import dry, gpu, results
 
-BENCH = Path(__file__).parents[1] / "bench"
+pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+
 DRY = "dry run on a processor: not a measurement"
+MODES = ("forward", "forward+backward")
 
 
-def dry(out: Path, *stages: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    chosen = [argument for stage in stages for argument in ("--stage", stage)]
-    return subprocess.run(
-        [sys.executable, str(BENCH / "gpu"), "--dry", "--out", str(out), *chosen],
-        cwd=out.parent,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+class Walked(NamedTuple):
+    out: Path
+    status: int
+    printed: str
+    stages: dict[str, dict[str, Any]]
+    summary: str
 
 
-def results(out: Path) -> dict[str, dict]:
-    found: dict[str, dict] = {}
-    for file in out.glob("*.json"):
-        found.update(json.loads(file.read_text("utf-8")))
-    return found
-
-
-def test_a_dry_run_leaves_files_and_tables(tmp_path):
-    out = tmp_path / "out"
-    done = dry(out, "machine", "agreement", "ceilings", "kernels")
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = {file.name for file in out.iterdir()}
-    assert {"machine.json", "checks.json", "kernels.json", "verified.json", "summary.md"} <= files
-    assert len(files) <= 8
-    assert all(file.is_file() for file in out.iterdir())
-    found = results(out)
-    for stage in ("machine", "agreement", "ceilings", "kernels"):
-        assert found[stage]["status"] == "ok"
-        assert found[stage]["cases"]
-        assert {"commit", "dirty", "versions"} <= found[stage]["machine"].keys()
-    core = next(case for case in found["kernels"]["cases"] if case["what"] == "core")
-    ours = core["contenders"]["fastvit"]
-    assert ours["q20"] <= ours["median"] <= ours["q80"]
-    assert 0 < ours["share"] <= 1
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
+    """The only whole run; the tests below read what it left."""
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    done = dry(out)
     summary = (out / "summary.md").read_text("utf-8")
-    titles = [part for part in summary.split("\n## ")[1:] if "\n|" in part]
-    assert len(titles) == 4, summary
+    return Walked(out, done.returncode, done.stdout + done.stderr, results(out), summary)
+
+
+def contests(walked: Walked, stage: str) -> list[dict[str, Any]]:
+    return [case for case in walked.stages[stage]["cases"] if "contenders" in case]
+
+
+def timed(case: dict[str, Any]) -> set[str]:
+    return {name for name, times in case["contenders"].items() if "median" in times}
+
+
+def test_every_stage_is_walked_to_its_end(walked):
+    names = [stage.name for stage in gpu("stages").STAGES]
+    assert walked.stages.keys() == set(names)
+    statuses = {name: walked.stages[name]["status"] for name in names}
+    assert set(statuses.values()) == {"ok"}, walked.printed
+    assert walked.status == 0, walked.printed
+    # A build needs tools that a dry run may lack; nothing else may be left out.
+    missed = {name: walked.stages[name]["missed"] for name in names}
+    assert all(m.startswith("install, without") for m in missed.pop("build"))
+    assert not any(missed.values()), missed
+
+
+def test_files_are_those_that_are_listed(walked):
+    files = {file.name for file in walked.out.iterdir()}
+    assert files <= set(gpu("stages").FILES)
+    assert {"machine.json", "kernels.json", "peers.json", "verified.json", "summary.md"} <= files
+
+
+def test_every_stage_says_where_it_comes_from(walked):
+    for name, record in walked.stages.items():
+        assert {"commit", "dirty", "versions"} <= record["machine"].keys(), name
+        assert record["fingerprint"].keys() == {"gpsa", "conv_stem", "patch_embed"}, name
+        assert "without" not in record, name
+    origins = {str(record["fingerprint"]) for record in walked.stages.values()}
+    assert len(origins) == 1
+
+
+def test_tables_say_that_they_measure_nothing(walked):
+    titles = [part for part in walked.summary.split("\n## ")[1:] if "\n|" in part]
+    assert len(titles) >= 12, walked.summary
     assert all(DRY in part for part in titles)
 
 
-def test_patches_are_compared_and_timed(tmp_path):
-    out = tmp_path / "out"
-    done = dry(out, "ceilings", "patch_embed")
-    assert done.returncode == 0, done.stdout + done.stderr
-    stage = results(out)["patch_embed"]
-    assert stage["status"] == "ok"
+def test_ceilings_come_before_all_that_is_timed(walked):
+    names = [stage.name for stage in gpu("stages").STAGES]
+    assert names.index("ceilings") == names.index("machine") + 1
+    cases = walked.stages["ceilings"]["cases"]
+    assert all(case["value"] > 0 for case in cases)
+    rates = walked.stages["ceilings"]["ceilings"]["rates"]
+    assert rates.keys() == {"bfloat16", "float16", "tf32", "float32"}
+    launches = {case["name"] for case in cases if case["name"].startswith("launch")}
+    assert {"launch as a node of a graph", "launch in a stream", "launch, host"} <= launches
+
+
+CONTESTS = [
+    *(("kernels", "core"), ("kernels", "module"), ("peers", "core"), ("peers", "module")),
+    *(
+        ("patch_embed", "eager"),
+        ("patch_embed", "compiled"),
+        ("stem", "eager"),
+        ("stem", "compiled"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "what"), CONTESTS)
+def test_a_contest_is_whole(walked, stage, what):
+    """Ours with its spread, its share of the floor, its warm times, and all samples."""
+    cases = [case for case in contests(walked, stage) if case["what"] == what]
+    assert {case["mode"] for case in cases} == set(MODES)
+    for case in cases:
+        ours = case["contenders"]["fastvit"]
+        assert ours["q20"] <= ours["median"] <= ours["q80"]
+        assert len(ours["samples"]) == 2
+        assert 0 < ours["share"] <= 1
+        assert ours["sets"] == 2
+        if (stage, what) == ("stem", "compiled"):
+            continue
+        warm = ours["warm"]
+        assert warm["q20"] <= warm["median"] <= warm["q80"]
+        # What the cache serves has no floor of the memory.
+        assert "share" not in warm
+        assert "floor" not in warm
+
+
+def test_cores_meet_plain_attention(walked):
+    cases = [case for case in contests(walked, "kernels") if case["what"] == "core"]
+    assert {case["dtype"] for case in cases} == {"bfloat16", "tf32"}
+    for case in cases:
+        assert {"fastvit", "math", "flash"} <= timed(case)
+        assert case["fastest"] in timed(case)
+        assert case["checks"]["fastvit"]["ok"]
+        assert case["host"] > 0
+    compiled = [case for case in contests(walked, "peers") if case["what"] == "core"]
+    assert {"flex", "flex + position"} <= timed(compiled[0])
+    # The fastest of the stage before, in the same run.
+    assert len(timed(compiled[0]) & {"flash", "efficient", "cudnn", "math"}) == 1
+
+
+def test_layers_meet_timm(walked):
+    cases = [case for case in contests(walked, "kernels") if case["what"] == "module"]
+    assert all(timed(case) == {"fastvit", "timm eager"} for case in cases)
+    assert any(case["what"] == "memory" for case in walked.stages["kernels"]["cases"])
+    compiled = [case for case in contests(walked, "peers") if case["what"] == "module"]
+    names = [timed(case) for case in compiled]
+    assert names.count({"fastvit", "fastvit compiled", "timm eager", "timm compiled"}) == 2
+    assert names.count({"fastvit", "timm eager", "timm max-autotune"}) == 2
+
+
+def test_patches_are_compared_and_timed(walked):
+    stage = walked.stages["patch_embed"]
     compared = [case for case in stage["cases"] if case["what"] == "agreement"]
     assert {case["layout"] for case in compared} == {"planar", "cropped"}
     tensors = {tensor["name"] for case in compared for tensor in case["tensors"]}
     assert tensors == {"output", "images", "weight", "bias", "pos_embed", "cls_token"}
     assert all(case["ok"] for case in compared)
-    timed = {
-        (case["what"], case["pixels"], case["mode"]): case["contenders"]
-        for case in stage["cases"]
-        if case["what"] != "agreement"
-    }
-    assert len(timed) == 8
-    assert all("median" in times for found in timed.values() for times in found.values())
-    assert 0 < timed["eager", "uint8", "forward"]["fastvit"]["share"] <= 1
-    assert {"timm", "linear", "conv alone"} < timed["eager", "float", "forward+backward"].keys()
-    assert {"linear compiled", "timm compiled"} < timed["compiled", "uint8", "forward"].keys()
-    summary = (out / "summary.md").read_text("utf-8")
-    assert "\n## Patch embedding with class token and positions\n" in summary
+    found = {(c["what"], c["pixels"], c["mode"]): c for c in contests(walked, "patch_embed")}
+    assert len(found) == 8
+    assert all("median" in t for case in found.values() for t in case["contenders"].values())
+    assert {"timm", "linear", "conv alone"} < timed(found["eager", "float", "forward+backward"])
+    chains = {f"{name} compiled" for name in ("linear", "timm", "timm channels_last")}
+    assert chains < timed(found["compiled", "uint8", "forward"])
+    assert "memory" in found["eager", "float", "forward+backward"]
+    assert "\n## Patch embedding with class token and positions\n" in walked.summary
 
 
-def test_stems_are_compared_and_timed(tmp_path):
-    out = tmp_path / "out"
-    done = dry(out, "ceilings", "stem")
-    assert done.returncode == 0, done.stdout + done.stderr
-    stage = results(out)["stem"]
-    assert stage["status"] == "ok"
+def test_stems_are_compared_and_timed(walked):
+    stage = walked.stages["stem"]
     compared = [case for case in stage["cases"] if case["what"] == "agreement"]
     assert all(case["ok"] for case in compared)
     tensors = {tensor["name"] for case in compared for tensor in case["tensors"]}
     assert {"output", "images", "0.conv.weight", "1.bn.running_var", "2.conv.bias"} <= tensors
-    timed = {
-        (case["what"], case["mode"]): case["contenders"]
-        for case in stage["cases"]
-        if case["what"] != "agreement"
-    }
-    assert {what for what, _ in timed} == {"eager", "compiled", "max-autotune-no-cudagraphs"}
-    assert all("median" in times for found in timed.values() for times in found.values())
-    assert 0 < timed["eager", "forward"]["fastvit"]["share"] <= 1
-    assert "\n## Convolutional stem\n" in (out / "summary.md").read_text("utf-8")
+    found = {(c["what"], c["dtype"], c["mode"]): c for c in contests(walked, "stem")}
+    assert {what for what, _, _ in found} == {"eager", "compiled", "max-autotune-no-cudagraphs"}
+    assert all("median" in t for case in found.values() for t in case["contenders"].values())
+    eager = {"fastvit", "eager", "eager channels_last"}
+    assert timed(found["eager", "bfloat16", "forward"]) == {*eager, "cuDNN conv-bias-relu"}
+    assert timed(found["eager", "tf32", "forward+backward"]) == eager
+    assert "\n## Convolutional stem\n" in walked.summary
 
 
-def test_choices_are_timed_and_make_a_table(tmp_path, monkeypatch):
+def test_choices_are_timed_and_make_a_table(walked, monkeypatch):
     """A table that the package reads, of the keys that it asks for."""
-    out = tmp_path / "out"
-    done = dry(out, "stem_choices")
-    assert done.returncode == 0, done.stdout + done.stderr
-    stage = results(out)["stem_choices"]
+    stage = walked.stages["stem_choices"]
     calls = {case["call"]: case["contenders"] for case in stage["cases"]}
     assert len(calls) == 9
     layer = "train 8-16 s2 2^3"
     assert calls["half train 3-8-16-16 s2-2 2^7"].keys() == {"kernels", "torch", f"half {layer}"}
     assert all("median" in times for found in calls.values() for times in found.values())
 
-    pytest.importorskip("triton", reason="Triton is not installed")
     from fastvit.ops import stem_choices
 
-    monkeypatch.setattr(stem_choices, "_FILE", out / "stem_choices.json")
+    monkeypatch.setattr(stem_choices, "_FILE", walked.out / "stem_choices.json")
     arch = stage["cases"][0]["arch"]
     stem_choices.choices(arch)
-    monkeypatch.syspath_prepend(str(BENCH))
-    choices = importlib.import_module("gpu.stem_choices")
+    choices = gpu("stem_choices")
     slow, fast = {"q20": 2.0, "q80": 3.0}, {"q20": 1.0, "q80": 1.5}
     case = {"arch": arch, "call": "ieee train 3-8-16-16 s2-2 2^7"}
     case["contenders"] = {"kernels": slow, "torch": slow, f"ieee {layer}": fast}
@@ -133,7 +195,7 @@ def test_choices_are_timed_and_make_a_table(tmp_path, monkeypatch):
     assert (entry["cudnn"], entry["torch"]) == ([f"ieee {layer}"], [])
     both = choices.table({**stage, "cases": [other, case]})[arch]
     assert (both["cudnn"], both["torch"]) == ([f"ieee {layer}"], [])
-    assert choices.merged([out]).keys() == {arch}
+    assert choices.merged([walked.out]).keys() == {arch}
 
 
 def test_a_stage_that_dies_costs_no_other(tmp_path):
@@ -147,72 +209,3 @@ def test_a_stage_that_dies_costs_no_other(tmp_path):
     lines = (out / "summary.md").read_text("utf-8").splitlines()
     assert any(line.startswith("| machine | died |") for line in lines)
     assert any(line.startswith("| ceilings | ok |") for line in lines)
-
-
-@pytest.fixture
-def floors(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("gpu.floors")
-
-
-class TestFloors:
-    def test_core(self, floors):
-        """ConViT-S, 256 images, bfloat16: 4 tensors of 256 x 196 x 432 elements."""
-        assert floors.core(256, 196, 9, 48, 2, backward=False) == (173_408_256, 16_994_009_088)
-        assert floors.core(256, 196, 9, 48, 2, backward=True) == (476_872_704, 59_479_031_808)
-
-    def test_module(self, floors):
-        """One token, one channel: 4 products of 2 FLOPs, and one attention."""
-        assert floors.module(1, 1, 1, 1, 4, backward=False) == (4 * (2 + 4), 8 + 4)
-        assert floors.module(1, 1, 1, 1, 4, backward=True) == (4 * (4 + 12), 24 + 14)
-
-    def test_patch_embed(self, floors):
-        """Two images of three patches of four bytes, to five channels of two bytes."""
-        bare = 2 * 3 * 4 + 2 * (2 * 3 * 5 + 5 * 4 + 5)
-        # A class token for each image; four positions and the class token itself.
-        whole = bare + 2 * (2 * 5 + 4 * 5 + 5)
-        flops = 2 * 2 * 3 * 4 * 5
-        arguments = (2, 3, 4, 5, 2, 1)
-        assert floors.patch_embed(*arguments, backward=False, assembled=False) == (bare, flops)
-        assert floors.patch_embed(*arguments, backward=False) == (whole, flops)
-        assert floors.patch_embed(*arguments, backward=True) == (2 * whole, 2 * flops)
-
-    def test_patch_embed_of_a_vit(self, floors):
-        """ViT-B, 256 images, bfloat16: 256 x 196 x 768 pixels and 256 x 197 x 768 channels."""
-        moved = 2 * (38_535_168 + 38_731_776 + 589_824 + 768 + 151_296 + 768)
-        work = floors.patch_embed(256, 196, 768, 768, 2, 2, backward=False)
-        assert work == (moved, 59_190_018_048)
-
-    def test_stem(self, floors):
-        """Two images of 4 x 4 pixels in bytes, through 2 x 2 of 5 channels, to tokens of 7."""
-        shapes = importlib.import_module("gpu.shapes")
-        problem = shapes.Stem("", 2, (4, 4), (5,), (2,), 7)
-        weights, pixels, tokens = 9 * 3 * 5 + 5 * 7, 2 * 3 * 4 * 4, 2 * 2 * 2 * 7
-        first, last = 2 * 2 * 4 * 27 * 5, 2 * 2 * 4 * 5 * 7
-        forward = (pixels + tokens + weights, first + last)
-        assert floors.stem(problem, 1, backward=False) == forward
-        both = (2 * (pixels + tokens) + 3 * weights, 2 * first + 3 * last)
-        assert floors.stem(problem, 1, backward=True) == both
-
-    def test_the_larger_term_counts(self, floors):
-        ceilings = {"bandwidth": 10.0, "rates": {"bfloat16": 100.0}}
-        assert floors.seconds(floors.Work(20.0, 100.0), ceilings, "bfloat16") == 2.0
-        assert floors.seconds(floors.Work(20.0, 500.0), ceilings, "bfloat16") == 5.0
-
-    def test_more_than_all_of_it_is_a_fault(self, floors):
-        assert floors.share(1.0, 2.0) == (0.5, None)
-        reached, problem = floors.share(1.0, 0.8)
-        assert reached == 1.25
-        assert problem == "125 % of its floor: a fault of the measurement"
-
-    def test_and_fails_its_stage(self, floors, tmp_path):
-        contests = importlib.import_module("gpu.contests")
-        shapes = importlib.import_module("gpu.shapes")
-        records = importlib.import_module("gpu.record")
-        record = records.Record(tmp_path, "kernels", 1.0)
-        ceilings = {"bandwidth": 1e12, "rates": {"bfloat16": 1e15}}
-        found = {"fastvit": {"median": 1e-9}}
-        shape = shapes.FULL.shapes[0]
-        contests.judge(record, ceilings, shape, "core", "forward", found)
-        assert not record.close()
-        assert "S N=196 B=256 core forward, fastvit" in record.data["problems"][0]

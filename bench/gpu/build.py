@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -16,10 +18,18 @@ from gpu.package import Package
 from gpu.record import Record
 
 _SHOWN = 4000
+_CMAKE = (3, 28)
 
 
 def run(device: Device, record: Record) -> None:
     """Later stages take what this leaves; without it, the sources without the extension."""
+    # cmake and ninja that came as Python packages stand beside the Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    lacking = _lacking(path)
+    if lacking and device.note:
+        # A dry run has nothing to compile for; the other stages do without the extension.
+        record.miss(f"install, without {', '.join(lacking)}")
+        return
     package = Package(Path(os.environ["FASTVIT_GPU_FOLDER"]))
     # In a second folder until it is known to import: the first sight of `built` counts.
     target = package.built.with_suffix(".new")
@@ -28,8 +38,6 @@ def run(device: Device, record: Record) -> None:
         "--disable-pip-version-check", "--no-warn-script-location",
         "--target", str(target), str(package.source),
     ]  # fmt: skip
-    # cmake and ninja that came as Python packages stand beside the Python.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, **device.build_environment, "PATH": path}
     seconds, output, status = _timed(command, environment, record.left() + 20)
     record.add(
@@ -42,14 +50,12 @@ def run(device: Device, record: Record) -> None:
     if status:
         print(output)
         # An old setuptools does not read pyproject.toml; CMake alone does not need it.
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(package.plain, target)
-        commands = _cmake(device, package, target)
-        seconds, output, status = _all_timed(commands, environment, record.left() + 20)
+        seconds, output, status = _cmake(device, package, target, environment, record.left() + 20)
         record.add(name="cmake", seconds=seconds, status=status, output=output)
     if status:
         print(output)
-        record.fail("neither pip nor CMake built it; the sources serve, without the extension")
+        why = f", for want of {', '.join(lacking)}" if lacking else ""
+        record.fail(f"nothing built it{why}; the sources serve, without the extension")
         return
     environment["PYTHONPATH"] = str(target)
     asked = "import fastvit; print(fastvit.info()); assert not fastvit._native.reason()"
@@ -62,10 +68,16 @@ def run(device: Device, record: Record) -> None:
     os.replace(target, package.built)
 
 
-def _cmake(device: Device, package: Package, target: Path) -> list[list[str]]:
+def _cmake(
+    device: Device, package: Package, target: Path, env: dict[str, str], limit: float
+) -> tuple[float, str, int]:
     """What setup.py has CMake do, into a copy of the package."""
+    if importlib.util.find_spec("pybind11") is None:
+        return 0.0, "pybind11 is not installed\n", 1
     import pybind11
 
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(package.plain, target)
     build = package.built.with_suffix(".cmake")
     version = runpy.run_path(str(package.plain / "fastvit" / "_version.py"))["__version__"]
     configure = [
@@ -74,21 +86,33 @@ def _cmake(device: Device, package: Package, target: Path) -> list[list[str]]:
         f"-DFASTVIT_VERSION={version}", *device.cmake_options,
     ]  # fmt: skip
     install = ["cmake", "--install", str(build), "--prefix", str(target / "fastvit")]
-    return [configure, ["cmake", "--build", str(build)], install]
-
-
-def _all_timed(
-    commands: list[list[str]], env: dict[str, str], limit: float
-) -> tuple[float, str, int]:
-    """One after the other, up to the first that fails."""
     start, outputs, status = time.perf_counter(), [], 0
-    for command in commands:
+    for command in (configure, ["cmake", "--build", str(build)], install):
         left = limit - (time.perf_counter() - start)
-        _, output, status = _timed(command, env, max(left, 1.0))
+        try:
+            _, output, status = _timed(command, env, max(left, 1.0))
+        # Without a CMake there is nothing to record but that.
+        except OSError as error:
+            output, status = f"{error}\n", 1
         outputs.append(output)
         if status:
             break
     return time.perf_counter() - start, "".join(outputs)[-_SHOWN:], status
+
+
+def _lacking(path: str) -> list[str]:
+    """What pyproject.toml's build asks for, of which nothing is fetched, and is not here."""
+    found = []
+    cmake = shutil.which("cmake", path=path)
+    version = _timed([cmake, "--version"], {**os.environ, "PATH": path}, 20)[1] if cmake else ""
+    numbers = re.search(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < _CMAKE:
+        found.append(f"CMake {'.'.join(map(str, _CMAKE))} or later")
+    if shutil.which("ninja", path=path) is None:
+        found.append("Ninja")
+    if importlib.util.find_spec("pybind11") is None:
+        found.append("pybind11")
+    return found
 
 
 def _timed(command: list[str], env: dict[str, str], limit: float) -> tuple[float, str, int]:

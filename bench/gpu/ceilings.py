@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from gpu.device import Device, tf32
 from gpu.exponentials import COUNT, exponentials
-from gpu.record import Record, read_all
+from gpu.origin import trusted
+from gpu.record import Record
 from gpu.timing import compete, draws
 
 _DTYPES = {
@@ -21,21 +23,24 @@ _DTYPES = {
 
 
 def read(record: Record) -> dict[str, Any] | None:
-    """What this stage measured, in this run or an earlier one into the same folder."""
-    found = read_all(record.folder).get("ceilings", {})
-    return found.get("ceilings") if found.get("status") == "ok" else None
+    """What this stage measured of the same sources on the same machine, in this run or an earlier
+    one into the same folder.
+    """
+    found = trusted(record, "ceilings")
+    return found.get("ceilings") if found and found["status"] == "ok" else None
 
 
 def run(device: Device, record: Record) -> None:
     bandwidth = _bandwidth(device, record)
     rates: dict[str, float] = {}
-    for M, K, N in device.plan.products:
+    for sizes in device.plan.products:
         for name, dtype in _DTYPES.items():
-            case = f"{name} {M} x {K} x {N}"
+            case = f"{name} {' x '.join(map(str, sizes))}"
             if record.left() < 0:
                 record.miss(case)
                 continue
-            rate = _product(device, record, case, name, dtype, (M, K, N))
+            rate = _product(device, record, case, name, dtype, sizes)
+            # The best of all: a floor must lie under all that is possible.
             rates[name] = max(rates.get(name, 0.0), rate)
     record.data["ceilings"] = {"bandwidth": bandwidth, "rates": rates}
     _launches(device, record)
@@ -55,24 +60,38 @@ def _bandwidth(device: Device, record: Record) -> float:
 
 def _product(
     device: Device, record: Record, case: str, name: str, dtype: torch.dtype,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, ...],
 ) -> float:  # fmt: skip
-    M, K, N = sizes
-    a = draws(device, M, K, dtype=dtype)
+    """FLOP/s of a product (rows, in, out), or of a batch of them."""
+    *batch, M, K, N = sizes
+    a = draws(device, *batch, M, K, dtype=dtype)
     # As a linear layer has it.
-    b = draws(device, N, K, dtype=dtype, seed=1).t()
+    b = draws(device, *batch, N, K, dtype=dtype, seed=1).mT
     with tf32(name == "tf32"):
         times = compete(device, {case: lambda: [lambda: a @ b]})[case]
-    value = 2 * M * K * N / min(times["samples"])
+    if "error" in times:
+        record.add(name=case, **times)
+        record.fail(f"{case}: {times['error']}")
+        return 0.0
+    value = 2 * math.prod(sizes) / min(times["samples"])
     record.add(name=case, value=value, unit="FLOP/s", **times)
     return value
 
 
 def _launches(device: Device, record: Record) -> None:
-    """A kernel that does nothing to speak of: what a launch costs device and host."""
-    x = draws(device, 1, dtype=torch.float32)
-    times = compete(device, {"launch": lambda: [lambda: x.add_(1.0)] * 50})["launch"]
-    record.add(name="launch, device", value=times["median"], unit="s", **times)
+    """A kernel that does nothing to speak of, each waiting for the one before: what a launch costs
+    in a graph, in a stream, and the host.
+    """
+    # Never zero, which would be taken for a missing result.
+    x = torch.ones(1, device=device.device)
+    kernels = [lambda: x.add_(1.0)] * 50
+    for where, graphs in (("as a node of a graph", True), ("in a stream", False)):
+        times = compete(device, {where: lambda: kernels}, graphs=graphs)[where]
+        record.add(name=f"launch {where}", value=times["median"], unit="s", **times)
+    replay, kept = device.capture(kernels[0])
+    times = compete(device, {"graph": lambda: [replay] * 20}, graphs=False)["graph"]
+    assert kept is not None  # the graph writes into what it holds
+    record.add(name="launch of a graph of one node", value=times["median"], unit="s", **times)
     samples = []
     for _ in range(device.plan.rounds):
         device.synchronize()

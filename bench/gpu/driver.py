@@ -18,22 +18,29 @@ from pathlib import Path
 from gpu import plot, summary
 from gpu.package import BENCH, ROOT, Package
 from gpu.record import MISSED, read_all, update
-from gpu.stages import BY_NAME, STAGES, Stage
+from gpu.stages import Stage, chosen
 
-# Seconds over its share before a stage is ended: one compilation may just have begun.
-_GRACE = 40.0
+#: Of a run on a GPU, which costs money; of a dry one only so that it ends.
+BUDGET, DRY_BUDGET = 480.0, 1800.0
+#: Seconds over its share before a stage is ended: one compilation may just have begun. What a stage
+#: takes of them the later ones lack, so that all stages together end this long after the budget at
+#: the latest.
+GRACE = 40.0
 # Less is not worth a process.
 _LEAST = 10.0
+# A killed process whose device does not answer may stay.
+_KILLED = 5.0
 
 
 class Run:
     """One run into one folder."""
 
     def __init__(
-        self, out: Path | None, names: list[str] | None, *, dry: bool, budget: float
+        self, out: Path | None, names: list[str] | None, *, dry: bool, budget: float | None = None
     ) -> None:
-        self.dry, self.budget = dry, budget
-        self.stages = [BY_NAME[n] for n in names] if names else list(STAGES)
+        self.dry = dry
+        self.budget = budget or (DRY_BUDGET if dry else BUDGET)
+        self.stages = chosen(names)
         self.commit = _commit()
         self.out = (out or _default_folder(self.commit, dry)).resolve()
         self._start = time.monotonic()
@@ -48,7 +55,9 @@ class Run:
             for number, stage in enumerate(self.stages):
                 rest = sum(s.seconds for s in self.stages[number:])
                 self._run(stage, self._left() * stage.seconds / rest)
-                self._report()
+                self._report("No picture: the run is not over.")
+        # Last, and with the tables on disk: drawing takes seconds, and fails where it may.
+        self._report()
         print(summary.stage_table(read_all(self.out)))
         records = read_all(self.out)
         ok = all(records.get(s.name, {}).get("status") in ("ok", MISSED) for s in self.stages)
@@ -67,7 +76,8 @@ class Run:
         command = [sys.executable, "-m", "gpu.worker", stage.name, str(self.out)]
         command += ["--seconds", f"{seconds:.0f}", *(["--dry"] if self.dry else [])]
         start = time.monotonic()
-        status, output = _finish(command, self._environment(), seconds + _GRACE)
+        limit = min(seconds, self._left()) + GRACE
+        status, output = _finish(command, self._environment(), limit)
         taken = time.monotonic() - start
         record = read_all(self.out).get(stage.name, {})
         record["seconds"] = round(taken, 1)
@@ -96,11 +106,11 @@ class Run:
             added["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
         return {**os.environ, **added}
 
-    def _report(self) -> None:
-        """The summary of what there is; a fault in it must not take the run along."""
+    def _report(self, picture: str | None = None) -> None:
+        """The summary of what there is, with a picture or the sentence that stands for it."""
         try:
             records = read_all(self.out)
-            picture = plot.write(self.out, records, dry=self.dry)
+            picture = picture or plot.write(self.out, records, dry=self.dry)
             summary.write(self.out, records, picture, dry=self.dry)
         # A fault of the report must not end the stages, whose results are on disk.
         except Exception:
@@ -122,7 +132,8 @@ def _finish(command: list[str], env: dict[str, str], limit: float) -> tuple[int 
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_KILLED)
         output.seek(0)
         return status, output.read()
 

@@ -4,24 +4,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fastvit import reference
-from fastvit.testing import Agreement, agreement
-from gpu import ceilings, floors
+from gpu import ceilings
 from gpu.agreement import Task, compare_all
-from gpu.contests import MODES, add_share
-from gpu.device import Call, Device, tf32
-from gpu.patch_compare import STATISTICS, TF32, cases, has_wgmma, images, number, paths
-from gpu.patch_peers import Chain, Conv, Linear, Portable, Timm, Tokens
+from gpu.device import Device
+from gpu.patch_compare import cases, paths
+from gpu.patch_contest import Contest
 from gpu.record import Record
-from gpu.shapes import Embedding
-from gpu.timing import calls, compete, first_line, host_seconds
 from gpu.verify import write_verified
 
 # Seconds that have to be left for a compilation to be begun.
@@ -66,146 +58,3 @@ def _agreement(device: Device, record: Record) -> None:
     # What disagrees at these sizes is not to be shipped as verified, whatever its own check says.
     if not record.data["problems"]:
         write_verified(record.folder, verdicts, add=True)
-
-
-class Contest:
-    """The contenders of one problem, over as many sets of images as the cache takes to forget."""
-
-    def __init__(
-        self, device: Device, record: Record, problem: Embedding, dtype: str, pixels: str
-    ) -> None:
-        self.device, self.record, self.problem = device, record, problem
-        self.dtype, self.pixels = dtype, pixels
-        self.number = number(dtype)
-        self.pixel = torch.uint8 if pixels == "uint8" else self.number
-        B, N, K, D = problem.problem
-        count = device.copies(B * N * (K * self.pixel.itemsize + D * self.number.itemsize))
-        self.sets = [[images(device, problem, self.pixel, seed=i)] for i in range(count)]
-
-    def eager(self) -> dict[str, nn.Module]:
-        chosen = (self.device, self.problem, self.number)
-        modules: dict[str, nn.Module] = {"fastvit": Tokens(*chosen)}
-        if has_wgmma(self.device):
-            modules["fastvit portable"] = Portable(self.device, self.problem, self.dtype)
-        modules |= {
-            "timm": Timm(*chosen),
-            "timm channels_last": Timm(*chosen, channels_last=True),
-            "linear": Linear(*chosen),
-        }
-        if self.pixels == "float":
-            modules |= {
-                "conv alone": Conv(*chosen),
-                "conv alone channels_last": Conv(*chosen).to(memory_format=torch.channels_last),
-            }
-        return modules
-
-    def compiled(self) -> dict[str, nn.Module]:
-        chosen = (self.device, self.problem, self.number)
-        peers: dict[str, Chain] = {"linear": Linear(*chosen)}
-        if self.pixels == "uint8":
-            peers["timm"] = Timm(*chosen)
-        modules = {
-            f"{name} compiled": self.device.compile(peer, dynamic=False)
-            for name, peer in peers.items()
-        }
-        return {"fastvit": Tokens(*chosen), **modules}
-
-    def run(self, rates: dict | None, what: str, modules: dict[str, nn.Module]) -> None:
-        with tf32(self.dtype == "tf32"):
-            self.refused = {name: self._refusal(name, module) for name, module in modules.items()}
-            # The fastest of cuDNN's algorithms; not for the checks, whose sizes are others.
-            torch.backends.cudnn.benchmark = True
-            for mode in MODES:
-                self._mode(rates, what, mode, modules)
-            torch.backends.cudnn.benchmark = False
-
-    def _mode(
-        self, rates: dict | None, what: str, mode: str, modules: dict[str, nn.Module]
-    ) -> None:
-        label = f"{self.problem.name} {self.dtype} {self.pixels} {mode}"
-        makers = {
-            name: self._maker(name, module, MODES[mode])
-            for name, module in modules.items()
-            # Backward is the same kernel.
-            if mode == "forward" or name != "fastvit portable"
-        }
-        found = compete(self.device, makers)
-        B, N, K, D = self.problem.problem
-        for name, times in found.items():
-            work = floors.patch_embed(
-                B, N, K, D, self.number.itemsize, self.pixel.itemsize,
-                backward=MODES[mode], assembled="alone" not in name,
-            )  # fmt: skip
-            add_share(self.record, rates, work, self.dtype, f"{label}, {name}", times)
-        more = {}
-        if "error" not in found["fastvit"] and what == "eager":
-            ours = self._calls(modules["fastvit"], self.sets[:1], MODES[mode])[0]
-            more["host"] = host_seconds(self.device, ours)
-        self.record.add(
-            what=what, shape=self.problem._asdict(), dtype=self.dtype, pixels=self.pixels,
-            mode=mode, contenders=found, **more,
-        )  # fmt: skip
-        for name, times in found.items():
-            if name.startswith("fastvit") and "error" in times:
-                self.record.fail(f"{label}, {name}: {times['error']}")
-
-    def _maker(self, name: str, module: nn.Module, backward: bool) -> Callable[[], Sequence[Call]]:
-        sets = self.sets
-
-        def make() -> Sequence[Call]:
-            if self.refused[name]:
-                raise RuntimeError(f"not timed: {self.refused[name]}")
-            chosen = sets
-            if name.endswith("channels_last"):
-                chosen = [[x.contiguous(memory_format=torch.channels_last)] for (x,) in sets]
-            return self._calls(module, chosen, backward)
-
-        return make
-
-    def _calls(
-        self, module: nn.Module, sets: Sequence[Sequence[Tensor]], backward: bool
-    ) -> list[Call]:
-        parameters = list(module.parameters())
-        return calls(module, sets, backward=backward, parameters=parameters, frozen=True)
-
-    def _refusal(self, name: str, module: nn.Module) -> str | None:
-        """Why a contender is not timed, if it computes something else or crashes."""
-        if name.startswith("fastvit"):
-            reason = self._disagreement("auto" if name == "fastvit" else "mma")
-            if reason:
-                return reason
-        # A convolution alone is not the same function.
-        if "alone" in name:
-            return None
-        try:
-            check = self._check(name, module)
-        # A finding about this contender; the others are still timed.
-        except Exception as error:
-            return first_line(error)
-        return None if check.ok else str(check)
-
-    def _disagreement(self, path: str) -> str | None:
-        """What the processes found that compared a path with float64."""
-        for name in (name for name in paths(self.device) if name.startswith(path)):
-            seen = [c for c in self.record.data["cases"] if c.get("path") == name]
-            reached = not any(missed.startswith(name) for missed in self.record.data["missed"])
-            if reached and len(seen) < len(cases(self.device, name)):
-                return f"{name} died"
-            if not all(case["ok"] for case in seen if case["dtype"] == self.dtype):
-                return f"{name} disagrees"
-        return None
-
-    def _check(self, name: str, module: nn.Module) -> Agreement:
-        """A contender against float64 on two images, by root mean squares."""
-        # A compiled module would be compiled again for two images; what it was made of is checked.
-        module = getattr(module, "_orig_mod", module)
-        x = self.sets[0][0][:2]
-        statistics: dict[str, Any] = STATISTICS if self.pixels == "uint8" else {}
-        drawn = {n: p for n, p in module.named_parameters() if "." not in n}
-        with torch.no_grad():
-            theirs = reference.patch_embed(x, **drawn, **statistics)
-            wide = x if x.dtype == torch.uint8 else x.double()
-            exact = {n: p.double() for n, p in drawn.items()}
-            expected = reference.patch_embed(wide, **exact, **statistics)
-            floor = TF32 if self.dtype == "tf32" else 0.0
-            return agreement(module(x), theirs, expected, name=name, rms=True, floor=floor)

@@ -33,6 +33,10 @@ class Record:
         return self._end - time.monotonic()
 
     def add(self, **case: Any) -> None:
+        # The times of a contest know the clocks around them.
+        clocks = getattr(case.get("contenders"), "clocks", None)
+        if clocks:
+            case["clocks"] = clocks
         self.data["cases"].append(case)
         self.save()
 

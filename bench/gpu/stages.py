@@ -6,6 +6,7 @@ Imports nothing that has to be built or could fail: the driver must outlive all 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -23,12 +24,12 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("build", "machine.json", 50, "the extension, for this card's architecture"),
     Stage("machine", "machine.json", 15, "processor, clocks, driver, versions, commit"),
+    Stage("ceilings", "machine.json", 20, "bandwidth, matrix products, launches, exponentials"),
     Stage("agreement", "checks.json", 100, "every Triton kernel against float64"),
     Stage("graphs", "checks.json", 45, "CUDA graphs, torch.compile, streams, far offsets"),
     Stage("sanitizer", "checks.json", 70, "compute-sanitizer's memcheck and racecheck"),
-    Stage("ceilings", "machine.json", 20, "bandwidth, matrix products, launches, exponentials"),
-    Stage("peers", "peers.json", 80, "other implementations at our shapes"),
-    Stage("kernels", "kernels.json", 70, "fastvit at the same shapes"),
+    Stage("kernels", "kernels.json", 90, "attention in turns with PyTorch's and timm's"),
+    Stage("peers", "peers.json", 90, "attention in turns with what torch.compile makes"),
     Stage("patch_embed", "kernels.json", 80, "images to tokens: agreement, times with peers"),
     Stage("stem", "kernels.json", 80, "the convolutional stem: agreement, times with peers"),
     Stage("stem_choices", "kernels.json", 40, "which layers of the stem cuDNN does faster"),
@@ -37,6 +38,38 @@ STAGES = (
 )
 
 BY_NAME = {stage.name: stage for stage in STAGES}
+
+#: What else runs with a stage that is asked for by name: floors are of the same run, and compiled
+#: kernels come from the build.
+_NEEDS = {
+    "graphs": ("build",),
+    "sanitizer": ("build",),
+    "kernels": ("ceilings",),
+    "peers": ("ceilings",),
+    "patch_embed": ("build", "ceilings"),
+    "stem": ("ceilings",),
+    "models": ("build", "ceilings"),
+    "epoch": ("build",),
+}
+
+#: Names of ops that are more than one stage.
+_OPS = {"gpsa": ("kernels", "peers"), "conv_stem": ("stem", "stem_choices")}
+
+NAMES = (*BY_NAME, *_OPS)
+
+
+def chosen(names: Iterable[str] | None) -> list[Stage]:
+    """The stages of some of :data:`NAMES` with those that they need, in the run's order; None: all.
+
+    Args:
+        names: of stages or ops.
+    """
+    if not names:
+        return list(STAGES)
+    wanted = {stage for name in names for stage in _OPS.get(name, (name,))}
+    wanted |= {need for name in wanted for need in _NEEDS.get(name, ())}
+    return [stage for stage in STAGES if stage.name in wanted]
+
 
 #: All that a run leaves, in one folder.
 FILES = (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,16 +16,18 @@ from torch import nn
 from fastvit.testing import agreement
 from gpu import ceilings, floors
 from gpu.agreement import Task, compare_all
-from gpu.contests import MODES, add_share
-from gpu.device import Call, Device
+from gpu.contests import MODES, ROUNDED, WARM, judge
+from gpu.device import Call, Device, tf32
+from gpu.patch_compare import TF32, number
 from gpu.record import Record
 from gpu.shapes import Stem
 from gpu.stem_compare import cases
 from gpu.stem_layers import ChannelsLast, our_layer, plain_layer, stem_images
+from gpu.stem_peers import Folded
 from gpu.timing import calls, compete, first_line, host_seconds
 from gpu.verify import write_verified
 
-_DTYPE = torch.bfloat16
+_COMPILED_IN = "bfloat16"
 _AUTOTUNE = "max-autotune-no-cudagraphs"
 # Seconds that have to be left for a compilation to be begun.
 _COMPILATION = {None: 10.0, _AUTOTUNE: 30.0}
@@ -36,12 +39,12 @@ def run(device: Device, record: Record) -> None:
     rates = ceilings.read(record)
     # Compilation takes long: a part of the time is kept for it.
     reserve = 0.4 * record.left()
-    for problem in device.plan.stems:
+    for problem, dtype in device.plan.stems_timed:
         for mode in MODES:
             if record.left() < reserve:
-                record.miss(f"{problem.name} {mode}")
+                record.miss(f"{problem.name} {dtype} {mode}")
                 continue
-            contest = Contest(device, record, problem, mode)
+            contest = Contest(device, record, problem, dtype, mode)
             contest.run(rates, "eager", contest.eager())
             device.release()
     order = [(problem, None) for problem in device.plan.stems_compiled]
@@ -53,7 +56,7 @@ def run(device: Device, record: Record) -> None:
                 continue
             # Else an earlier compilation for another shape could serve.
             torch._dynamo.reset()
-            contest = Contest(device, record, problem, mode)
+            contest = Contest(device, record, problem, _COMPILED_IN, mode)
             contest.run(rates, tuning or "compiled", contest.compiled(tuning))
             device.release()
 
@@ -74,20 +77,30 @@ def _agreement(device: Device, record: Record) -> None:
 class Contest:
     """The contenders of one stem in one mode: in eval forward, in training with the backward."""
 
-    def __init__(self, device: Device, record: Record, problem: Stem, mode: str) -> None:
-        self.device, self.record, self.problem, self.mode = device, record, problem, mode
-        self.plain = plain_layer(device, problem, _DTYPE).train(MODES[mode])
+    def __init__(
+        self, device: Device, record: Record, problem: Stem, dtype: str, mode: str
+    ) -> None:
+        self.device, self.record, self.problem = device, record, problem
+        self.dtype, self.mode = dtype, mode
+        self.number = number(dtype)
+        self.plain = plain_layer(device, problem, self.number).train(MODES[mode])
         self.ours = our_layer(self.plain, "triton")
-        pixels = problem.B * 3 * problem.size[0] * problem.size[1]
-        count = device.copies(pixels * _DTYPE.itemsize)
-        self.sets = [[stem_images(device, problem, _DTYPE, seed=i)] for i in range(count)]
+        height, width = problem.size
+        pixels = problem.B * 3 * height * width
+        shrunk = math.prod(problem.strides) ** 2
+        tokens = problem.B * height * width * problem.D // shrunk
+        count = device.copies((pixels + tokens) * self.number.itemsize)
+        self.sets = [[stem_images(device, problem, self.number, seed=i)] for i in range(count)]
 
     def eager(self) -> dict[str, nn.Module]:
-        return {
+        found = {
             "fastvit": self.ours,
             "eager": self.plain,
             "eager channels_last": ChannelsLast(self.plain),
         }
+        if not MODES[self.mode]:
+            found["cuDNN conv-bias-relu"] = Folded(self.device, self.plain)
+        return found
 
     def compiled(self, tuning: str | None) -> dict[str, nn.Module]:
         options: dict[str, Any] = {"dynamic": False, **({"mode": tuning} if tuning else {})}
@@ -95,27 +108,32 @@ class Contest:
         return {"fastvit": self.ours, "compiled channels_last": peer}
 
     def run(self, rates: dict | None, what: str, modules: dict[str, nn.Module]) -> None:
-        refused = {"fastvit": self._refusal()}
+        with tf32(self.dtype == "tf32"):
+            self._run(rates, what, modules)
+
+    def _run(self, rates: dict | None, what: str, modules: dict[str, nn.Module]) -> None:
+        refused = {name: self._refusal(name, module) for name, module in modules.items()}
         # The fastest of cuDNN's algorithms.
         torch.backends.cudnn.benchmark = True
-        makers = {name: self._maker(module, refused.get(name)) for name, module in modules.items()}
-        found = compete(self.device, makers)
+        makers = {name: self._maker(module, refused[name]) for name, module in modules.items()}
+        warm = what == "eager" and self.problem.B <= WARM
+        found = compete(self.device, makers, warm=warm)
         torch.backends.cudnn.benchmark = False
         backward = MODES[self.mode]
-        work = floors.stem(self.problem, _DTYPE.itemsize, backward=backward)
-        for name, times in found.items():
-            label = f"{self.problem.name} {self.mode}, {name}"
-            add_share(self.record, rates, work, "bfloat16", label, times)
+        work = floors.stem(self.problem, self.number.itemsize, backward=backward)
+        label = f"{self.problem.name} {self.dtype} {self.mode}"
+        judge(self.record, rates, work, self.dtype, label, found)
         more: dict[str, Any] = {}
         if what == "eager" and "error" not in found["fastvit"]:
             more["host"] = host_seconds(self.device, self._calls(self.ours, 1)[0])
             if backward:
                 more["memory"] = self._memory(modules)
         self.record.add(
-            what=what, shape=self.problem._asdict(), mode=self.mode, contenders=found, **more
-        )
+            what=what, shape=self.problem._asdict(), dtype=self.dtype, mode=self.mode,
+            contenders=found, **more,
+        )  # fmt: skip
         if "error" in found["fastvit"]:
-            self.record.fail(f"{self.problem.name} {self.mode}: {found['fastvit']['error']}")
+            self.record.fail(f"{label}: {found['fastvit']['error']}")
 
     def _memory(self, modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
         """What a training step keeps and needs at its peak."""
@@ -147,16 +165,27 @@ class Contest:
             module, self.sets[:count], backward=MODES[self.mode], parameters=parameters, frozen=True
         )
 
-    def _refusal(self) -> str | None:
-        """Why ours is not timed, if it computes something else or crashes."""
-        x = self.sets[0][0][:2]
+    def _refusal(self, name: str, module: nn.Module) -> str | None:
+        """Why a contender is not timed, if it computes something else or crashes."""
+        # In eval the call that is timed; in training images depend on each other, and float64 takes
+        # long: two of them, eager.
+        whole = not MODES[self.mode]
+        x = self.sets[0][0]
+        few = x[[0, -1]]
         try:
             with torch.no_grad():
                 # Copies, whose statistics may change.
-                theirs, ours = (copy.deepcopy(layer)(x) for layer in (self.plain, self.ours))
-                expected = copy.deepcopy(self.plain).double()(x.double())
+                expected = copy.deepcopy(self.plain).double()(few.double())
+                theirs = copy.deepcopy(self.plain)(few)
+                if whole:
+                    actual = module(x)[[0, -1]]
+                else:
+                    actual = copy.deepcopy(getattr(module, "_orig_mod", module))(few)
         # A finding about this contender; the others are still timed.
         except Exception as error:
             return first_line(error)
-        check = agreement(ours, theirs, expected, name="fastvit", rms=True)
+        floor = TF32 if self.dtype == "tf32" else 0.0
+        if name != "fastvit":
+            floor = max(floor, ROUNDED[self.dtype])
+        check = agreement(actual, theirs, expected, name=name, rms=True, floor=floor)
         return None if check.ok else str(check)

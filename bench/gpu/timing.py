@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu.device import Call, Device
+from gpu.clocks import around
+from gpu.device import Call, Device, Sample
 
 #: Seconds after which a contest ends, if it had this many rounds.
 _LONG, _LEAST_ROUNDS = 4.0, 5
+
+
+class Found(dict[str, dict[str, Any]]):
+    """Times by contender."""
+
+    #: Readings around the contest, see :mod:`gpu.clocks`; empty where nothing could be read.
+    clocks: dict[str, Any]
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, Any]:
@@ -36,40 +45,97 @@ def compete(
     contenders: Mapping[str, Callable[[], Sequence[Call]]],
     *,
     graphs: bool = True,
-) -> dict[str, dict[str, Any]]:
+    warm: bool = False,
+) -> Found:
     """Times of every contender, round after round, so that all meet the same clocks.
 
     Args:
-        contenders: by name, what makes the calls over copies of the inputs. One that raises has
-            an "error" in the place of times.
+        contenders: by name, what makes the calls over copies of the inputs. One that raises, or
+            whose results are no numbers or nothing but zeros, has an "error" in the place of times.
         graphs: whether short calls are replayed from a CUDA graph, which leaves launches out.
+        warm: whether each is also timed over one copy again and again, which the cache then holds:
+            times within the times, named "warm". No floor of the memory applies to those.
+
+    Raises:
+        RuntimeError: after one contender's error the device answers nobody.
     """
-    found: dict[str, dict[str, Any]] = {}
-    samplers = {}
+    found = Found()
+    samplers: list[tuple[list[float], Sample]] = []
     for name, make in contenders.items():
         start = time.perf_counter()
         try:
-            samplers[name], how = device.sampler(make(), graphs=graphs)
+            calls = make()
+            with device.stream() if graphs else nullcontext():
+                refuse(calls[0]())
+            sample, how = device.sampler(calls, graphs=graphs)
+            found[name] = {"how": how, "sets": len(calls), "samples": []}
+            mine = [(found[name]["samples"], sample)]
+            if warm:
+                sample, how = device.warm_sampler(calls[0], graphs=graphs)
+                found[name]["warm"] = {"how": how, "samples": []}
+                mine.append((found[name]["warm"]["samples"], sample))
         # Recorded as this contender's error; the others are still timed.
         except Exception as error:
             found[name] = {"error": first_line(error)}
             # Its frames hold memory.
             del error
+            if not device.answers():
+                raise RuntimeError(
+                    f"{name} took the device along: {found[name]['error']}"
+                ) from None
             device.release()
             continue
-        found[name] = {"how": how, "warm_up": time.perf_counter() - start, "samples": []}
-    start = time.perf_counter()
-    for done in range(device.plan.rounds):
-        if done >= _LEAST_ROUNDS and time.perf_counter() - start > _LONG:
-            break
-        for name, sample in samplers.items():
-            found[name]["samples"].append(sample())
+        samplers += mine
+        found[name]["warm_up"] = time.perf_counter() - start
+    found.clocks = _rounds(device, samplers)
     samplers.clear()
     device.release()
-    return {
-        name: {**times, **quantiles(times["samples"])} if "samples" in times else times
-        for name, times in found.items()
-    }
+    for times in found.values():
+        for part in (times, times.get("warm", {})):
+            if "samples" in part:
+                part.update(quantiles(part["samples"]))
+    return found
+
+
+def _rounds(device: Device, samplers: Sequence[tuple[list[float], Sample]]) -> dict[str, Any]:
+    """All samples, in turns; the clocks after the first and after the last of them."""
+    first: dict[str, float] = {}
+    start = time.perf_counter()
+    for done in range(device.plan.rounds if samplers else 0):
+        if done >= _LEAST_ROUNDS and time.perf_counter() - start > _LONG:
+            break
+        for samples, sample in samplers:
+            samples.append(sample())
+        if not done:
+            # Work has just ended: the clocks are still those of the work.
+            first = device.clocks()
+    return around(first, device.clocks()) if first else {}
+
+
+def refuse(result: Any) -> None:
+    """Nobody's time counts whose result is missing.
+
+    Raises:
+        RuntimeError: a tensor of the result is not finite everywhere, or a matrix of it is zero
+            everywhere.
+    """
+    for index, tensor in enumerate(tensors(result)):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(f"not timed: result {index} is not finite everywhere")
+        # Of one dimension are gradients of biases, which a softmax behind them takes away.
+        if tensor.ndim > 1 and not tensor.any():
+            raise RuntimeError(f"not timed: result {index} is nothing but zeros")
+
+
+def tensors(result: Any) -> Iterator[Tensor]:
+    """Those in a result and in the sequences in it."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (list, tuple)):
+        for part in result:
+            yield from tensors(part)
 
 
 def first_line(error: BaseException) -> str:
@@ -127,11 +193,11 @@ def _training(
     return call
 
 
-def host_seconds(device: Device, call: Call, count: int = 50) -> float:
+def host_seconds(device: Device, call: Call) -> float:
     """Seconds that the host needs to issue one call, the device's queue being empty before."""
     call()
     samples = []
-    for _ in range(min(count, 10 * device.plan.rounds)):
+    for _ in range(device.plan.hosted):
         device.synchronize()
         start = time.perf_counter()
         call()

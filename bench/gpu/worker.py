@@ -31,10 +31,11 @@ def main() -> int:
         # Inside: torch itself may be what fails.
         from gpu import device as devices
         from gpu.machine import describe
+        from gpu.origin import sources
 
         device = devices.open_device(dry=options.dry)
         record.data |= {"dry": options.dry, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        record.data["machine"] = describe(device)
+        record.data |= {"machine": describe(device), "fingerprint": sources()}
         record.data["before"] = device.state()
         importlib.import_module(f"gpu.{options.stage}").run(device, record)
         record.data["after"] = device.state()
