@@ -18,7 +18,8 @@ import torch
 
 from fastvit import _native
 from fastvit._version import __version__
-from fastvit.ops import trust
+from fastvit.kernels.configs import architecture
+from fastvit.ops import trust, tuned
 from fastvit.ops.backend import availability
 
 
@@ -59,6 +60,8 @@ class Info:
         backends: a row for each op and backend.
         verdicts: what is known of kernels, by specialisation: empty if it agreed with PyTorch
             here or was verified before it was shipped, else what differed; then it is not used.
+        tuned: the tables of measured launch configurations ("files"), and which of them the calls
+            of this process took ("choices").
     """
 
     versions: dict[str, str | None]
@@ -69,6 +72,7 @@ class Info:
     native_problem: str | None
     backends: tuple[BackendStatus, ...]
     verdicts: dict[str, str]
+    tuned: dict[str, Any]
 
     @property
     def ok(self) -> bool:
@@ -80,7 +84,8 @@ class Info:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        tables = [*self._backend_table(), *self._verdict_lines(), *self._check_lines()]
+        tables = [*self._backend_table(), *self._verdict_lines(), *self._tuned_lines()]
+        tables += self._check_lines()
         return "\n".join([*self._head(), "", *tables])
 
     def _head(self) -> list[str]:
@@ -145,6 +150,9 @@ class Info:
             for key, verdict in failed.items()
         ]
 
+    def _tuned_lines(self) -> list[str]:
+        return ["", "launch configurations", *tuned.lines(self.tuned)]
+
     def _check_lines(self) -> list[str]:
         lines = []
         for s in self.backends:
@@ -182,6 +190,7 @@ def info(check: bool = False) -> Info:
         native_problem=problem,
         backends=backends,
         verdicts=trust.verdicts(),
+        tuned=tuned.report(_architectures()),
     )
 
 
@@ -223,6 +232,13 @@ def _cpu_name() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _architectures() -> list[str]:
+    """Whose launch configurations the GPUs here take; without one Hopper's, as the interpreter."""
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(len(_gpus()))]
+    found = dict.fromkeys(map(architecture, capabilities or [(9, 0)]))
+    return [arch for arch in found if arch is not None]
 
 
 def _gpus() -> tuple[dict[str, Any], ...]:

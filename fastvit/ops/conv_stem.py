@@ -146,10 +146,11 @@ def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any
     if _takes_kernels(x, proj_weight, stages, "backward", backend):
         # Only here, since importing Triton takes time.
         from fastvit.ops import conv_stem_triton_backward
-        from fastvit.ops.conv_stem_trust import trusts_backward
+        from fastvit.ops.conv_stem_trust import trusted_backward
 
-        if trusts_backward(x, proj_weight, stages, arguments[10], backend):
-            return conv_stem_triton_backward.backward(*inputs)
+        kernels = trusted_backward(x, proj_weight, stages, arguments[10], backend)
+        if kernels is not None:
+            return conv_stem_triton_backward.backward(*inputs, kernels=kernels)
     return conv_stem_torch.backward(*inputs)
 
 
