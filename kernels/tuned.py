@@ -166,9 +166,14 @@ class Layer(NamedTuple):
             return None
         if self.op == "stem_pair":
             valid = sum(keys) >= whole and sum(config.channels) >= self.channels[1]
+        elif self.op in ("stem_first", "stem_image_gradient"):
+            # The last takes one piece of the channels, the others several.
+            valid = self.op == "stem_first" or len(keys) == 1
+        elif self.op == "stem_weight_gradient":
+            valid = len(keys) == len(config.channels) == 1 and config.taps in (1, 3)
         else:
-            # Others go through their channels in as many blocks as it takes.
-            valid = bool(config.channels) or self.op in ("stem_first", "stem_image_gradient")
+            valid = bool(config.channels)
+            valid &= self.op != "stem_input_gradient" or len(config.channels) == 1
         if not valid:
             return None
         if self.direction == "backward":

@@ -98,7 +98,7 @@ def _position(case: Case) -> tuple[Fake, Fake]:
 def _arguments(case: Case) -> tuple[Fake, Fake, Fake]:
     """q, k and v as the layers hand them over: qk packed and v alone, or qkv packed."""
     if case.grid is None:
-        return (_heads(case, 3),) * 3
+        return _heads(case, 3), _heads(case, 3), _heads(case, 3)
     return _heads(case, 2), _heads(case, 2), _heads(case, 1)
 
 
@@ -131,7 +131,7 @@ def _forward(case: Case, chosen: dict[str, Any]) -> None:
 def _backward(case: Case, chosen: dict[str, Any]) -> None:
     """As ``fastvit/ops/gpsa_triton.py`` has it."""
     (q, k, v), grad = _arguments(case), _heads(case, 1)
-    (dq, dk, dv), gated = (q, k, v), case.grid is not None
+    (dq, dk, dv), gated = _arguments(case), case.grid is not None
     scale, precision = case.channels**-0.5, _precision(case)
     B, H, N, _ = q.shape
     weight, gating = _position(case)
@@ -170,7 +170,7 @@ def _backward(case: Case, chosen: dict[str, Any]) -> None:
             grad, v, py, px, case.grid, precision, chosen["factor_gradient"]
         )
         made.parameter_gradient(
-            py, px, dpy, dpx, content, gating, weight, gating, chosen["parameter_gradient"]
+            py, px, dpy, dpx, content, gating, *_position(case), chosen["parameter_gradient"]
         )
 
 
@@ -192,16 +192,16 @@ def _dropout_forward(case: Case, chosen: dict[str, Any]) -> None:
 
 def _dropout_backward(case: Case, chosen: dict[str, Any]) -> None:
     """As ``fastvit/ops/gpsa_triton.py`` has it."""
-    (q, k, v), grad = _arguments(case), _heads(case, 1)
-    B, H, N, _ = q.shape
+    (q, k, v), (dq, dk, dv) = _arguments(case), _arguments(case)
+    grad, (B, H, N, _) = _heads(case, 1), q.shape
     given = (grad, q, k, v, *_dropout_arguments(case))
     statistics = Fake((2, B, H, N), "float32")
     parts = Fake((H, B, -(-N // chosen["dropout_query"].rows), 4), "float32")
     sizes = (case.grid, case.channels**-0.5, 0.1, _precision(case))
     module("dropout_query").dropout_query(
-        *given, q, statistics, parts, *sizes, chosen["dropout_query"]
+        *given, dq, statistics, parts, *sizes, chosen["dropout_query"]
     )
-    module("dropout_key").dropout_key(*given, statistics, k, v, *sizes, chosen["dropout_key"])
+    module("dropout_key").dropout_key(*given, statistics, dk, dv, *sizes, chosen["dropout_key"])
 
 
 _CALLS = {

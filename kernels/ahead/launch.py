@@ -19,12 +19,20 @@ _PACKAGE = __name__.rsplit(".", 2)[0]
 class Fake:
     """A tensor without memory, as much of one as the launching functions ask for."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        strides: tuple[int, ...] | None = None,
+        zero: bool = False,
+    ):
         if strides is None:
             strides, step = (), 1
             for side in reversed(shape):
                 strides, step = (step, *strides), step * side
         self.shape, self.dtype, self._strides = shape, dtype, strides
+        #: Whether the kernels count on zeros in it.
+        self.zero = zero
 
     def stride(self) -> tuple[int, ...]:
         return self._strides
@@ -39,7 +47,8 @@ class Fake:
     def new_empty(self, *shape: int, dtype: str | None = None) -> Fake:
         return Fake(shape, dtype or self.dtype)
 
-    new_zeros = new_empty
+    def new_zeros(self, *shape: int) -> Fake:
+        return Fake(shape, self.dtype, zero=True)
 
 
 class Launch(NamedTuple):
