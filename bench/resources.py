@@ -49,12 +49,15 @@ import resource_stem
 import resource_stem_gradient
 import triton
 
+from kernels import tuned
 from kernels.ahead import model
 from kernels.ahead.compiler import KERNELS, Case, Pair, Row, attempt, bind, launches
+from kernels.ahead.posed import case_of
 from kernels.configs import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "bench" / "results" / "resources"
+TUNED = ROOT / "kernels" / "tuned.json"
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 CASES: tuple[Case, ...] = (
@@ -264,6 +267,25 @@ def check(pairs: list[Pair], everything: list[Pair], folder: Path, jobs: int) ->
     return problems
 
 
+def check_tuned(file: Path, archs: list[str], kernels: list[str], jobs: int) -> list[str]:
+    """What is wrong with the configurations of a table of tuned ones, in words."""
+    pairs = []
+    for arch in archs:
+        for problem, chosen in tuned.read(file, arch, VERSION).entries:
+            fitted = problem.fitted(arch, chosen) if chosen else ()
+            if fitted is None:
+                return [f"{file}: {problem.name}: {arch} cannot do it with {dict(chosen)}"]
+            case = case_of(problem, fitted)
+            pairs += [Pair(arch, case, name) for name, _ in fitted if name in kernels]
+    problems = []
+    for pair, taken in run(pairs, jobs).items():
+        if isinstance(taken, str):
+            problems.append(f"{pair.name}: does not compile with Triton {VERSION}: {taken}")
+        else:
+            problems += faults(row_of(pair, taken, ""))
+    return [f"{file}: {words}" for words in problems]
+
+
 def _sampled(pair: Pair) -> bool:
     return int(hashlib.sha256(pair.name.encode()).hexdigest(), 16) % SAMPLE == 0
 
@@ -290,6 +312,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--table", type=Path, default=TABLES, help="folder of the tables")
+    parser.add_argument("--tuned", type=Path, default=TUNED, help="table of `fastvit tune`")
     options = parser.parse_args()
     everything = all_pairs(list(ARCHITECTURES), list(KERNELS))
     pairs = all_pairs(options.arch or list(ARCHITECTURES), options.kernel or list(KERNELS))
@@ -300,6 +323,9 @@ def main() -> int:
         pairs = [pair for pair in pairs if hashes.get(pair.name) != hash_of(pair)]
     action = write if options.write else check
     problems = action(pairs, everything, options.table, options.jobs)
+    if options.check:
+        archs, kernels = options.arch or list(ARCHITECTURES), options.kernel or list(KERNELS)
+        problems += check_tuned(options.tuned, archs, kernels, options.jobs)
     for words in problems:
         print(words, file=sys.stderr)
     count = len({(pair.kernel, pair.case) for pair in pairs})

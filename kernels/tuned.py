@@ -328,10 +328,24 @@ def write(file: Path, table: dict[str, Any]) -> None:
     descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(table, stream, indent=1)
-            stream.write("\n")
+            stream.write(_text(table))
         os.chmod(name, 0o644)
         os.replace(name, file)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _text(table: dict[str, Any]) -> str:
+    """An entry a line."""
+    archs = []
+    for arch, versions in table.items():
+        parts = []
+        for version, found in versions.items():
+            entries = ",\n".join(f"   {json.dumps(entry)}" for entry in found["entries"])
+            measured = json.dumps(found["measured"])
+            parts.append(
+                f'  {json.dumps(version)}: {{"measured": {measured}, "entries": [\n{entries}\n  ]}}'
+            )
+        archs.append(f" {json.dumps(arch)}: {{\n" + ",\n".join(parts) + "\n }")
+    return "{\n" + ",\n".join(archs) + "\n}\n" if archs else "{}\n"

@@ -142,7 +142,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
 def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any) -> Any:
     *arguments, backend = args
     stages = Stages(*arguments[4:10])
-    inputs = (grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
+    inputs: tuple[Any, ...] = (grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
     if _takes_kernels(x, proj_weight, stages, "backward", backend):
         # Only here, since importing Triton takes time.
         from fastvit.ops import conv_stem_triton_backward

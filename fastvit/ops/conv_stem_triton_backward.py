@@ -22,6 +22,7 @@ from fastvit.kernels.stem_input_gradient import stem_input_gradient
 from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
 from fastvit.kernels.stem_sums import stem_norm_gradient, stem_weight_sum
 from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
+from fastvit.kernels.tuned import Kernels
 from fastvit.ops import conv_stem_torch, tuned
 from fastvit.ops.batch_statistics import exchanged
 from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
@@ -73,7 +74,7 @@ class _Norm(NamedTuple):
     variance: Tensor
 
 
-def plan(x: Tensor, proj_weight: Tensor, stages: Stages, training: bool) -> tuned.Kernels:
+def plan(x: Tensor, proj_weight: Tensor, stages: Stages, training: bool) -> Kernels:
     """The kernels for images x that take other configurations than those that are built in."""
     arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
     widths = (x.shape[1], *(w.shape[0] for w in stages.weights), proj_weight.shape[0])
@@ -99,7 +100,7 @@ def backward(
     wanted: Sequence[bool],
     group: str = "",
     counts: Tensors = (),
-    kernels: tuned.Kernels = (),
+    kernels: Kernels = (),
 ) -> list[Tensor]:
     """What :func:`fastvit.ops.conv_stem_torch.backward` gives, with ``kernels`` of :func:`plan`."""
     depth, raw = len(raw), [channels_last(y) for y in raw]

@@ -189,7 +189,7 @@ def stem_backward(
     found = []
     sides = [size, *stage_grids(size, strides)]
     for level in range(len(widths) - 1):
-        kernels = ("stem_input_gradient", "stem_weight_gradient")
+        kernels: tuple[str, ...] = ("stem_input_gradient", "stem_weight_gradient")
         if level == 0:
             # Wide images take other kernels, and their gradient is seldom wanted.
             kernels = ("stem_image_gradient",) if stem_configs.gathers(widths[0]) else ()

@@ -9,6 +9,7 @@ against what is built in.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -78,8 +79,10 @@ class _Search:
         judge: Judge,
         floor: Callable[[Kernels], float],
         left: Callable[[], float],
+        variants: int | None,
     ) -> None:
         self.problem, self.arch, self.runner = problem, arch, runner
+        self.variants = variants
         self.judge, self.floor, self.left = judge, floor, left
         self.measured = self.spilled = self.slow = self.late = 0
         self.refused: list[str] = []
@@ -138,7 +141,8 @@ class _Search:
         """The kernels of a path with the best configuration found for each."""
         for name in candidates.tunable(path):
             options: list[tuple[float, Kernels]] = []
-            for variant in candidates.variants(self.problem, self.arch, path, name):
+            variants = candidates.variants(self.problem, self.arch, path, name)
+            for variant in itertools.islice(variants, self.variants):
                 if self.left() <= 0:
                     return current
                 verdict = self._compiles(variant, name)
@@ -212,6 +216,7 @@ def tune(
     judge: Judge,
     floor: Callable[[Kernels], float],
     left: Callable[[], float],
+    variants: int | None = None,
 ) -> Outcome | None:
     """The fastest kernels that were found for a problem; None without time for any.
 
@@ -221,8 +226,9 @@ def tune(
         judge: what is known of a kernel ahead of time.
         floor: microseconds below which kernels cannot come.
         left: seconds that are left.
+        variants: of a kernel that are tried at most, all by default.
     """
-    return _Search(problem, arch, runner, judge, floor, left).run()
+    return _Search(problem, arch, runner, judge, floor, left, variants).run()
 
 
 def asked(problem: Posed, arch: str) -> Iterator[tuple[Kernels, str]]:
