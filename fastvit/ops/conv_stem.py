@@ -150,7 +150,7 @@ def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any
 
         kernels = trusted_backward(x, proj_weight, stages, arguments[10], backend)
         if kernels is not None:
-            return conv_stem_triton_backward.backward(*inputs, kernels=kernels)
+            return conv_stem_triton_backward.backward(*inputs, kernels)
     return conv_stem_torch.backward(*inputs)
 
 
