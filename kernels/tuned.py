@@ -328,7 +328,7 @@ def write(file: Path, table: dict[str, Any]) -> None:
     descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(_text(table))
+            stream.write(text(table))
         os.chmod(name, 0o644)
         os.replace(name, file)
     except BaseException:
@@ -336,8 +336,8 @@ def write(file: Path, table: dict[str, Any]) -> None:
         raise
 
 
-def _text(table: dict[str, Any]) -> str:
-    """An entry a line."""
+def text(table: dict[str, Any]) -> str:
+    """A file with an entry a line."""
     archs = []
     for arch, versions in table.items():
         parts = []

@@ -33,7 +33,8 @@ class Run:
         self, out: Path | None, names: list[str] | None, *, dry: bool, budget: float
     ) -> None:
         self.dry, self.budget = dry, budget
-        self.stages = [BY_NAME[n] for n in names] if names else list(STAGES)
+        everything = [stage for stage in STAGES if dry or not stage.asked]
+        self.stages = [BY_NAME[n] for n in names] if names else everything
         self.commit = _commit()
         self.out = (out or _default_folder(self.commit, dry)).resolve()
         self._start = time.monotonic()

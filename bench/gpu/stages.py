@@ -18,6 +18,8 @@ class Stage(NamedTuple):
     #: Share of the time: what a stage leaves over goes to the later ones in proportion.
     seconds: int
     what: str
+    #: Whether it measures only when asked for by name: it would take all the time.
+    asked: bool = False
 
 
 STAGES = (
@@ -33,6 +35,7 @@ STAGES = (
     Stage("stem", "kernels.json", 80, "the convolutional stem: agreement, times with peers"),
     Stage("stem_choices", "kernels.json", 40, "which layers of the stem cuDNN does faster"),
     Stage("models", "models.json", 50, "ConViT against DeiT"),
+    Stage("tune", "tuned_search.json", 60, "the fastest launch configurations", asked=True),
 )
 
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -42,6 +45,7 @@ FILES = (
     *dict.fromkeys(stage.file for stage in STAGES),
     "verified.json",
     "stem_choices.json",
+    "tuned.json",
     "summary.md",
     "summary.svg",
 )

@@ -5,7 +5,7 @@ and the update of the running statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,7 +142,7 @@ def _fake_backward(grad: Tensor, *args: Any) -> list[Tensor]:
 def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any) -> Any:
     *arguments, backend = args
     stages = Stages(*arguments[4:10])
-    inputs: tuple[Any, ...] = (grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
+    inputs = (grad, x, proj_weight, *arguments[:4], stages, *arguments[10:])
     if _takes_kernels(x, proj_weight, stages, "backward", backend):
         # Only here, since importing Triton takes time.
         from fastvit.ops import conv_stem_triton_backward
@@ -150,7 +150,8 @@ def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any
 
         kernels = trusted_backward(x, proj_weight, stages, arguments[10], backend)
         if kernels is not None:
-            return conv_stem_triton_backward.backward(*inputs, kernels)
+            backward: Callable[..., list[Tensor]] = conv_stem_triton_backward.backward
+            return backward(*inputs, kernels=kernels)
     return conv_stem_torch.backward(*inputs)
 
 

@@ -138,7 +138,7 @@ def _target(arguments: argparse.Namespace, dtype: str) -> Target:
     import torch
 
     try:
-        from fastvit.tuning.session import Target
+        from fastvit.tuning.session import Target, target
     except ImportError as error:
         raise _Misuse(f"the kernels need Triton, which cannot be imported: {error}") from error
 
@@ -151,12 +151,10 @@ def _target(arguments: argparse.Namespace, dtype: str) -> Target:
             "PyTorch sees no CUDA device to measure on; `--predict --arch sm_90` compiles and "
             "predicts without one"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = configs.architecture((major, minor))
-    if arch is None:
-        raise _Misuse(f"the kernels need compute capability 8.0, this GPU has {major}.{minor}")
-    return Target(arch, 10 * major + minor, device, precision)
+    try:
+        return target(torch.device("cuda", torch.cuda.current_device()), precision)
+    except ValueError as error:
+        raise _Misuse(str(error)) from error
 
 
 def _predict(posed: Sequence[Posed], target: Target, seconds: float) -> int:
@@ -188,9 +186,11 @@ def search(
     table = _existing(file)
     outcomes = []
     print(f"{len(posed)} problems, {target.gpu} ({target.arch}), {seconds:g} s, into {file}")
+    late: list[Posed] = []
     found = session.run(
-        posed, target, seconds, _warn, processes=session.workers(), variants=variants
-    )
+        posed, target, seconds, _warn, processes=session.workers(), variants=variants,
+        late=late.append,
+    )  # fmt: skip
     try:
         for outcome in found:
             outcomes.append(outcome)
@@ -202,6 +202,8 @@ def search(
         _fail(file, error)
     finally:
         found.close()
+    if late:
+        print(f"not reached in {seconds:g} s: {len(late)} problems, {late[0].name} the first")
     print(report.table(outcomes))
     return 0
 

@@ -14,6 +14,7 @@ import torch
 
 from fastvit import _native
 from fastvit._version import __version__
+from fastvit.kernels import configs
 from fastvit.kernels import tuned as tables
 from fastvit.kernels.tuned import Kernels, Posed
 from fastvit.ops.trust import _gpu_is_lost
@@ -43,6 +44,24 @@ class Target(NamedTuple):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none"
 
 
+def target(device: torch.device, precision: str) -> Target:
+    """A device's; a processor interprets Hopper's configurations.
+
+    Raises:
+        ValueError: the kernels do not run on it.
+    """
+    if device.type != "cuda":
+        return Target("sm_90", 90, device, precision)
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = configs.architecture((major, minor))
+    if arch is None:
+        raise ValueError(
+            f"the kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has "
+            f"{major}.{minor}"
+        )
+    return Target(arch, 10 * major + minor, device, precision)
+
+
 def workers() -> int:
     """Processes that compile: one a core, but for the one that measures."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
@@ -56,6 +75,7 @@ def run(
     *,
     processes: int,
     variants: int | None = None,
+    late: Callable[[Posed], None] = lambda problem: None,
 ) -> Generator[Outcome, None, None]:
     """The outcomes, each as soon as it is there; ends with the time.
 
@@ -66,6 +86,7 @@ def run(
         say: told what goes wrong.
         processes: that compile.
         variants: of a kernel that are tried at most, all by default.
+        late: told of each problem that is not reached.
     """
     left = clock(seconds)
     with opened(processes) as ahead:
@@ -74,8 +95,8 @@ def run(
                 ahead.ask(_job(problem, target, kernels, name))
         for number, problem in enumerate(problems):
             if left() <= 0:
-                say(f"the time is over: {len(problems) - number} problems were not reached")
-                return
+                late(problem)
+                continue
             share = max(_LEAST, 2 * left() / (len(problems) - number))
             try:
                 found = _tuned(problem, target, ahead, min(share, left()), variants)
@@ -89,7 +110,9 @@ def run(
             finally:
                 if target.device.type == "cuda" and not _gpu_is_lost():
                     torch.cuda.empty_cache()
-            if found is not None:
+            if found is None:
+                late(problem)
+            else:
                 yield found
 
 
