@@ -18,8 +18,7 @@ import torch
 
 from fastvit import _native
 from fastvit._version import __version__
-from fastvit.kernels.configs import architecture
-from fastvit.ops import trust, tuned
+from fastvit.ops import trust
 from fastvit.ops.backend import availability
 
 
@@ -61,7 +60,7 @@ class Info:
         verdicts: what is known of kernels, by specialisation: empty if it agreed with PyTorch
             here or was verified before it was shipped, else what differed; then it is not used.
         tuned: the tables of measured launch configurations ("files"), and which of them the calls
-            of this process took ("choices").
+            of this process took ("choices"); None where the kernels are not installed.
     """
 
     versions: dict[str, str | None]
@@ -72,7 +71,7 @@ class Info:
     native_problem: str | None
     backends: tuple[BackendStatus, ...]
     verdicts: dict[str, str]
-    tuned: dict[str, Any]
+    tuned: dict[str, Any] | None
 
     @property
     def ok(self) -> bool:
@@ -151,6 +150,10 @@ class Info:
         ]
 
     def _tuned_lines(self) -> list[str]:
+        if self.tuned is None:
+            return []
+        from fastvit.ops import tuned
+
         return ["", "launch configurations", *tuned.lines(self.tuned)]
 
     def _check_lines(self) -> list[str]:
@@ -190,7 +193,7 @@ def info(check: bool = False) -> Info:
         native_problem=problem,
         backends=backends,
         verdicts=trust.verdicts(),
-        tuned=tuned.report(_architectures()),
+        tuned=_tuned(),
     )
 
 
@@ -234,11 +237,18 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _architectures() -> list[str]:
-    """Whose launch configurations the GPUs here take; without one Hopper's, as the interpreter."""
+def _tuned() -> dict[str, Any] | None:
+    """For the architectures of the GPUs here; without one Hopper's, as the interpreter."""
+    try:
+        # A clone as current folder has its kernels elsewhere.
+        from fastvit.kernels.configs import architecture
+    except ModuleNotFoundError:
+        return None
+    from fastvit.ops import tuned
+
     capabilities = [torch.cuda.get_device_capability(i) for i in range(len(_gpus()))]
-    found = dict.fromkeys(map(architecture, capabilities or [(9, 0)]))
-    return [arch for arch in found if arch is not None]
+    archs = dict.fromkeys(map(architecture, capabilities or [(9, 0)]))
+    return tuned.report([arch for arch in archs if arch is not None])
 
 
 def _gpus() -> tuple[dict[str, Any], ...]:

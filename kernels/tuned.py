@@ -264,6 +264,23 @@ def _flat(field: Any) -> Sequence[Any]:
     return field if isinstance(field, tuple) else (field,)
 
 
+def read_all(file: Path) -> dict[str, Any]:
+    """A file's table with all that it has, to be merged; empty if there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such table; the message has what is wrong.
+    """
+    if not file.exists():
+        return {}
+    table = _object(json.loads(file.read_text("utf-8")), "the file")
+    for arch, versions in table.items():
+        for version in _object(versions, arch):
+            if not read(file, arch, version).measured:
+                raise ValueError(f"{arch}.{version}: expected measurements, got nothing")
+    return table
+
+
 def distance(a: Posed, b: Posed) -> float:
     """Doublings between the sizes of two problems of a class."""
     return sum(abs(math.log2(x / y)) for x, y in zip(a.sizes, b.sizes, strict=True))
@@ -288,7 +305,7 @@ def nearest(problem: Posed, entries: Iterable[Entry], arch: str) -> tuple[Entry,
 def plain(problem: Posed, kernels: Kernels, us: dict[str, Any]) -> dict[str, Any]:
     """An entry as a file has it; of a configuration what is not at its default."""
     defaults = Config._field_defaults
-    return {
+    entry = {
         **problem._asdict(),
         "kernels": {
             name: {k: v for k, v in config._asdict().items() if v != defaults[k] and k != "groups"}
@@ -297,6 +314,7 @@ def plain(problem: Posed, kernels: Kernels, us: dict[str, Any]) -> dict[str, Any
         },
         "us": us,
     }
+    return json.loads(json.dumps(entry))
 
 
 def merged(
@@ -309,7 +327,7 @@ def merged(
     old = versions.get(version, {})
     same = all(old.get("measured", {}).get(k) == measured[k] for k in ("gpu", "fastvit"))
     kept = {_key(entry): entry for entry in (old.get("entries", []) if same else [])}
-    kept |= {_key(entry): entry for entry in json.loads(json.dumps(entries))}
+    kept |= {_key(entry): entry for entry in entries}
     versions[version] = {"measured": measured, "entries": list(kept.values())}
     return {**table, arch: versions}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,8 +128,10 @@ def _target(arguments: argparse.Namespace, dtype: str) -> Target:
     Raises:
         _Misuse: there is no GPU, or no Triton.
     """
-    from fastvit.kernels import configs
-
+    try:
+        from fastvit.kernels import configs
+    except ModuleNotFoundError as error:
+        raise _Misuse(f"{error}; a clone as current folder hides the installed package") from error
     if arguments.arch is not None:
         _known(arguments.arch, configs.ARCHITECTURES, "--arch")
         if not arguments.predict:
@@ -209,18 +210,15 @@ def search(
 
 
 def _existing(file: Path) -> dict[str, Any]:
+    from fastvit.kernels import tuned as tables
+
     try:
-        table = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
+        return tables.read_all(file)
     except (OSError, ValueError) as error:
         raise _Misuse(
             f"{file} is there, and no table of configurations: {error}; move it away or choose "
             "another by --out"
         ) from error
-    if not isinstance(table, dict):
-        raise _Misuse(f"{file} is there, and no table of configurations")
-    return table
 
 
 def _fail(file: Path, error: OSError) -> NoReturn:
