@@ -163,7 +163,9 @@ def _predict(posed: Sequence[Posed], target: Target, seconds: float) -> int:
 
     print(f"{target.arch}: times are predicted, not measured, and nothing is written")
     try:
-        for found in session.predict(posed, target, seconds, processes=session.workers()):
+        # No process measures: each core may compile.
+        processes = session.workers() + 1
+        for found in session.predict(posed, target, seconds, processes=processes):
             print(report.prediction(found), flush=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

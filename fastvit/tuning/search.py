@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decides which configurations serve a problem.
 
-One kernel of a call after the other: its neighbours that compile without spills, the best predicted
-first, whose results agree with those of the built-in kernels, are timed in turns within the whole
-call. One is taken only if it is faster beyond the spread of both, here and once more in the end
-against what is built in.
+One kernel of a call after the other: its neighbours with the lowest floors are compiled; those that
+do not spill, the best predicted first, and whose results agree with those of the built-in kernels,
+are timed in turns within the whole call. One is taken only if it is faster beyond the spread of
+both, here and once more in the end against what is built in.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -20,8 +19,8 @@ from fastvit.tuning.ahead import Verdict
 
 #: Rounds in which all are timed, and those in which only the best are.
 _SCREEN, _ROUNDS = 3, 15
-#: Kept after the screening, and measured at most of a kernel's neighbours.
-_FINALISTS, _MOST = 4, 16
+#: Kept after the screening, and measured and compiled at most of a kernel's neighbours.
+_FINALISTS, _MOST, _COMPILED = 4, 16, 48
 
 
 class Times(NamedTuple):
@@ -66,6 +65,8 @@ class Runner(Protocol):
 
 #: Of a kernel of a call, by name; None if it is not there in time.
 Judge = Callable[[Kernels, str], Verdict | None]
+#: Microseconds below which kernels cannot come.
+Floor = Callable[[Kernels], float]
 
 
 class _Search:
@@ -77,7 +78,7 @@ class _Search:
         arch: str,
         runner: Runner,
         judge: Judge,
-        floor: Callable[[Kernels], float],
+        floor: Floor,
         left: Callable[[], float],
         variants: int | None,
     ) -> None:
@@ -141,8 +142,7 @@ class _Search:
         """The kernels of a path with the best configuration found for each."""
         for name in candidates.tunable(path):
             options: list[tuple[float, Kernels]] = []
-            variants = candidates.variants(self.problem, self.arch, path, name)
-            for variant in itertools.islice(variants, self.variants):
+            for variant in _ranked(self.problem, self.arch, path, name, self.floor, self.variants):
                 if self.left() <= 0:
                     return current
                 verdict = self._compiles(variant, name)
@@ -214,7 +214,7 @@ def tune(
     arch: str,
     runner: Runner,
     judge: Judge,
-    floor: Callable[[Kernels], float],
+    floor: Floor,
     left: Callable[[], float],
     variants: int | None = None,
 ) -> Outcome | None:
@@ -231,11 +231,21 @@ def tune(
     return _Search(problem, arch, runner, judge, floor, left, variants).run()
 
 
-def asked(problem: Posed, arch: str) -> Iterator[tuple[Kernels, str]]:
-    """All that the search may want to know of kernels ahead of time, by name."""
+def asked(
+    problem: Posed, arch: str, floor: Floor, variants: int | None = None
+) -> Iterator[tuple[Kernels, str]]:
+    """All that the search may want to know of kernels ahead of time, by name, in its order."""
     for number, path in enumerate(candidates.paths(problem, arch)):
         for name in candidates.tunable(path):
             if number:
                 yield path, name
-            for variant in candidates.variants(problem, arch, path, name):
+            for variant in _ranked(problem, arch, path, name, floor, variants):
                 yield variant, name
+
+
+def _ranked(
+    problem: Posed, arch: str, path: Kernels, name: str, floor: Floor, variants: int | None
+) -> list[Kernels]:
+    """Neighbours of a kernel, those with the lowest floor first: they pad the least."""
+    found = candidates.variants(problem, arch, path, name)
+    return sorted(found, key=floor)[: _COMPILED if variants is None else variants]

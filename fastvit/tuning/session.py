@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,10 +22,12 @@ from fastvit.ops.trust import _gpu_is_lost
 from fastvit.ops.tuned import triton_version
 from fastvit.tuning import device as devices
 from fastvit.tuning.ahead import Ahead, Job, Verdict, clock, floor, opened
-from fastvit.tuning.search import Outcome, asked, tune
+from fastvit.tuning.search import Floor, Outcome, asked, tune
 
 #: Seconds that a problem may take beside its share of what is left.
 _LEAST = 20.0
+#: Problems whose candidates are compiled before their turn.
+_AHEAD = 4
 
 Say = Callable[[str], None]
 
@@ -89,14 +92,16 @@ def run(
         late: told of each problem that is not reached.
     """
     left = clock(seconds)
+    waiting = iter(problems)
     with opened(processes) as ahead:
-        for problem in problems:
-            for kernels, name in _few(problem, target.arch, variants):
-                ahead.ask(_job(problem, target, kernels, name))
+        for problem in itertools.islice(waiting, _AHEAD):
+            _ask(problem, target, ahead, variants)
         for number, problem in enumerate(problems):
             if left() <= 0:
                 late(problem)
                 continue
+            for later in itertools.islice(waiting, 1):
+                _ask(later, target, ahead, variants)
             share = max(_LEAST, 2 * left() / (len(problems) - number))
             try:
                 found = _tuned(problem, target, ahead, min(share, left()), variants)
@@ -116,8 +121,18 @@ def run(
                 yield found
 
 
-def _few(problem: Posed, arch: str, variants: int | None) -> Iterator[tuple[Kernels, str]]:
-    return itertools.islice(asked(problem, arch), variants)
+def _ask(problem: Posed, target: Target, ahead: Ahead, variants: int | None) -> None:
+    runner = devices.Problem(problem, target.precision, target.arch, target.device)
+    for kernels, name in asked(problem, target.arch, _floor(runner, target), variants):
+        ahead.ask(_job(problem, target, kernels, name))
+
+
+def _floor(runner: devices.Problem, target: Target) -> Floor:
+    """A processor interprets: no floor is a time of its."""
+    if target.device.type != "cuda":
+        return lambda kernels: 0.0
+    arithmetic = runner.posed.arithmetic
+    return functools.cache(lambda k: floor(target.arch, arithmetic, runner.launches(k)))
 
 
 def _job(problem: Posed, target: Target, kernels: Kernels, name: str) -> Job:
@@ -133,13 +148,7 @@ def _tuned(
     def judge(kernels: Kernels, name: str) -> Verdict | None:
         return ahead.verdict(_job(problem, target, kernels, name), left())
 
-    def least(kernels: Kernels) -> float:
-        # A processor interprets: no floor is a time of its.
-        if target.device.type != "cuda":
-            return 0.0
-        return floor(arch, problem.arithmetic, runner.launches(kernels))
-
-    return tune(problem, arch, runner, judge, least, left, variants)
+    return tune(problem, arch, runner, judge, _floor(runner, target), left, variants)
 
 
 class Prediction(NamedTuple):
