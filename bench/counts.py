@@ -12,8 +12,8 @@ is held against is its own or the last before it. One that is newer than all of 
 call into other operators: differences are then told, but not judged.
 
 Launches are those of the calls in ``resource_cases.py``, taken from the functions that launch;
-their bytes are the model's (``resource_model.py``): every input read once, every output written
-once. Neither a GPU nor a compiler is needed for them.
+their bytes are the model's (``kernels/ahead/model.py``): every input read once, every output
+written once. Neither a GPU nor a compiler is needed for them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import resource_cases
-import resource_model
 import torch
 from count_cases import cases
 from count_operators import counted
+
+# The kernels of this clone; last, since the fastvit beside them need not be built.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import resource_cases
+
+from kernels.ahead import attention, model
 
 TABLE = Path(__file__).resolve().parent / "results" / "counts.json"
 VERSION = ".".join(torch.__version__.split(".")[:2])
@@ -59,9 +64,9 @@ def launches() -> list[Row]:
     rows = []
     for arch in ARCHITECTURES:
         for case in resource_cases.CASES:
-            made = resource_cases.launches(arch, case)
+            made = attention.launches(arch, case)
             moved = {
-                kernel: resource_model.work(kernel, launch.arguments).bytes
+                kernel: model.work(kernel, launch.arguments).bytes
                 for kernel, launch in made.items()
             }
             rows.append(
