@@ -158,7 +158,11 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
+    packages=[
+        *find_packages(include=["fastvit", "fastvit.*"]),
+        "fastvit.kernels",
+        "fastvit.kernels.ahead",
+    ],
     package_dir={"fastvit.kernels": "kernels"},
     ext_modules=[Extension("fastvit._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

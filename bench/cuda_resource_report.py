@@ -23,7 +23,7 @@ INSTRUCTIONS = {
 #: In place of the instructions of a kernel that is not meant for an architecture.
 EMPTY = "empty"
 
-# The capability in resource_model.py with the same registers and warps.
+# The capability in kernels/ahead/model.py with the same registers and warps.
 _SAME_LIMITS = {"86": "89"}
 
 _HEAD = """# What the CUDA kernels take

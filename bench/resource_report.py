@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from resource_launch import ARCHITECTURES
-from resource_model import LIMITS
+from kernels.ahead.model import LIMITS
+from kernels.configs import ARCHITECTURES
 
 _HEAD = """# What the Triton kernels take
 
@@ -15,7 +15,7 @@ kernels that were compiled ahead of time; no GPU was involved. The same with has
 and exponentials, for programs: `triton-*.json`. No pair spills, so stack and spill instructions,
 which are zero, have no column.
 
-**Times are predicted, not measured.** The model stands at the top of `bench/resource_model.py`.
+**Times are predicted, not measured.** The model stands at the top of `kernels/ahead/model.py`.
 
 - **case**: dtype (float32 as its arithmetic, tf32 or ieee), batch B, heads H, sides of the grid or
   number of tokens N of plain attention, channels d of a head. The arrow says forward (→) or

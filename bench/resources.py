@@ -7,13 +7,16 @@ Triton. Neither a GPU nor torch is needed: ``pip install triton`` is all.
     python bench/resources.py --check   compare with the table, exit 1 on a difference
 
 What is compiled is what is launched: the arguments come from the functions that launch the kernels
-(``resource_launch.py``; cases in ``resource_cases.py``, ``resource_stem.py`` and
+(``kernels/ahead``; cases in ``resource_cases.py``, ``resource_stem.py`` and
 ``resource_stem_gradient.py``), and their signature from Triton's own binder. ``--check`` compiles
 every pair whose sources or arguments changed since the table was written, by their hash, and about
 one in ten of the others. No pair may spill registers or take more shared memory than a block can
 have.
 
-Times in the tables are predicted, not measured (``resource_model.py``).
+``kernels/tuned.json``, which ``fastvit tune`` measured, is compiled with it, all that is for this
+version of Triton.
+
+Times in the tables are predicted, not measured (``kernels/ahead/model.py``).
 """
 
 from __future__ import annotations
@@ -24,13 +27,12 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 # Triton reads these when it is imported, here or in a worker: kernels are to be compiled, not
 # interpreted, and not taken from what was compiled before.
@@ -39,23 +41,25 @@ if multiprocessing.parent_process() is None:
     _cache = tempfile.TemporaryDirectory(prefix="fastvit-resources-")
     os.environ["TRITON_CACHE_DIR"] = _cache.name
 
+# The kernels of this clone, whatever else is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import resource_cases
-import resource_model as model
 import resource_stem
 import resource_stem_gradient
 import triton
-from resource_launch import ARCHITECTURES, ROOT, Launch, kernel_object
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
+from kernels import tuned
+from kernels.ahead import model
+from kernels.ahead.compiler import KERNELS, Case, Pair, Row, attempt, bind, launches
+from kernels.ahead.posed import case_of
+from kernels.configs import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "bench" / "results" / "resources"
+TUNED = ROOT / "kernels" / "tuned.json"
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
-Case = resource_cases.Case | resource_stem.Case
-
-#: Where every kernel lies in ``kernels``.
-KERNELS = resource_cases.KERNELS | resource_stem.KERNELS | resource_stem_gradient.KERNELS
 CASES: tuple[Case, ...] = (
     *resource_cases.CASES,
     *resource_stem.CASES,
@@ -68,43 +72,7 @@ COMPILED = ("registers", "stack", "spills", "shared", "tensor_columns", "instruc
 #: One in how many pairs with an unchanged hash is compiled again.
 SAMPLE = 10
 
-Row = dict[str, Any]
 Rows = dict[str, Row]
-
-
-class Pair(NamedTuple):
-    """A kernel, a case and an architecture whose choices for the case have the kernel."""
-
-    arch: str
-    case: Case
-    kernel: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.arch} | {self.kernel} | {self.case.direction} {self.case.name}"
-
-    @property
-    def launch(self) -> Launch:
-        return launches(self.arch, self.case)[self.kernel]
-
-
-class Bound(NamedTuple):
-    """A launch as Triton's compiler takes it."""
-
-    target: Any
-    options: dict[str, Any]
-    signature: dict[str, Any]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-
-
-def launches(arch: str, case: Case) -> dict[str, Launch]:
-    """The launches of a case on an architecture, by kernel, in their order."""
-    if isinstance(case, resource_stem_gradient.Case):
-        return resource_stem_gradient.launches(arch, case)
-    if isinstance(case, resource_stem.Case):
-        return resource_stem.launches(arch, case)
-    return resource_cases.launches(arch, case)
 
 
 def all_pairs(archs: list[str], kernels: list[str]) -> list[Pair]:
@@ -116,20 +84,6 @@ def all_pairs(archs: list[str], kernels: list[str]) -> list[Pair]:
         for kernel in case.kernels
         if kernel in kernels and kernel in launches(arch, case)
     ]
-
-
-def bind(pair: Pair) -> Bound:
-    """What ``JITFunction.run`` does up to the compiler, for a device that need not be there."""
-    kernel = kernel_object(pair.kernel, KERNELS[pair.kernel])
-    target = GPUTarget("cuda", int(pair.arch.removeprefix("sm_")), 32)
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    arguments = pair.launch.arguments
-    bound, specialization, options = binder(**arguments)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, dict(arguments), bound, specialization, options
-    )
-    return Bound(target, options.__dict__, signature, constants, attributes)
 
 
 @cache
@@ -156,52 +110,6 @@ def hash_of(pair: Pair) -> str:
     decides = (pair.arch, options, bound.signature, constants, attributes)
     text = _source(KERNELS[pair.kernel]) + repr(decides)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def compiled(pair: Pair) -> Row:
-    """Registers of a thread, stack bytes, spill instructions, shared memory bytes, columns of
-    tensor memory and the matrix instruction.
-    """
-    kernel, bound = kernel_object(pair.kernel, KERNELS[pair.kernel]), bind(pair)
-    source = ASTSource(kernel, bound.signature, bound.constants, bound.attributes)
-    made = triton.compile(source, target=bound.target, options=bound.options)
-    # The tools that Triton brings along.
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(made.asm["cubin"])
-        usage, listing = (
-            subprocess.run([*command, cubin], capture_output=True, text=True, check=True).stdout
-            for command in (
-                [tools / "cuobjdump", "--dump-resource-usage"],
-                [tools / "nvdisasm", "-c"],
-            )
-        )
-    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    found = {
-        "wgmma": "wgmma.mma_async" in made.asm["ptx"],
-        "tcgen05.mma": "tcgen05.mma" in made.asm["ptx"],
-        "mma.sync": re.search(r"(?<!\w)mma\.sync", made.asm["ptx"]) is not None,
-    }
-    return {
-        "registers": used["REG"],
-        "stack": used["STACK"],
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", listing)),
-        "shared": made.metadata.shared,
-        "tensor_columns": getattr(made.metadata, "tmem_size", 0) or 0,
-        "instruction": " + ".join(name for name, there in found.items() if there) or "none",
-    }
-
-
-def attempt(pair: Pair) -> tuple[Pair, Row | str]:
-    """:func:`compiled`, or the error in words: one broken pair must not hide the others."""
-    try:
-        return pair, compiled(pair)
-    except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        return pair, f"{type(cause).__name__}: {cause}".strip().splitlines()[-1]
 
 
 def row_of(pair: Pair, taken: Row, digest: str) -> Row:
@@ -359,6 +267,25 @@ def check(pairs: list[Pair], everything: list[Pair], folder: Path, jobs: int) ->
     return problems
 
 
+def check_tuned(file: Path, archs: list[str], kernels: list[str], jobs: int) -> list[str]:
+    """What is wrong with the configurations of a table of tuned ones, in words."""
+    pairs = []
+    for arch in archs:
+        for problem, chosen in tuned.read(file, arch, VERSION).entries:
+            fitted = problem.fitted(arch, chosen) if chosen else ()
+            if fitted is None:
+                return [f"{file}: {problem.name}: {arch} cannot do it with {dict(chosen)}"]
+            case = case_of(problem, fitted)
+            pairs += [Pair(arch, case, name) for name, _ in fitted if name in kernels]
+    problems = []
+    for pair, taken in run(pairs, jobs).items():
+        if isinstance(taken, str):
+            problems.append(f"{pair.name}: does not compile with Triton {VERSION}: {taken}")
+        else:
+            problems += faults(row_of(pair, taken, ""))
+    return [f"{file}: {words}" for words in problems]
+
+
 def _sampled(pair: Pair) -> bool:
     return int(hashlib.sha256(pair.name.encode()).hexdigest(), 16) % SAMPLE == 0
 
@@ -385,6 +312,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--table", type=Path, default=TABLES, help="folder of the tables")
+    parser.add_argument("--tuned", type=Path, default=TUNED, help="table of `fastvit tune`")
     options = parser.parse_args()
     everything = all_pairs(list(ARCHITECTURES), list(KERNELS))
     pairs = all_pairs(options.arch or list(ARCHITECTURES), options.kernel or list(KERNELS))
@@ -395,6 +323,9 @@ def main() -> int:
         pairs = [pair for pair in pairs if hashes.get(pair.name) != hash_of(pair)]
     action = write if options.write else check
     problems = action(pairs, everything, options.table, options.jobs)
+    if options.check:
+        archs, kernels = options.arch or list(ARCHITECTURES), options.kernel or list(KERNELS)
+        problems += check_tuned(options.tuned, archs, kernels, options.jobs)
     for words in problems:
         print(words, file=sys.stderr)
     count = len({(pair.kernel, pair.case) for pair in pairs})

@@ -13,8 +13,8 @@ import pytest
 
 # A row that disagrees is not timed, on purpose.
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
-def test_row(row, benchmark, epochs):
+def test_row(row, benchmark, benched):
     """The two models count as published and agree; then their steps are timed in turns."""
-    result = epochs.measure(row, benchmark)
+    result = benched.row(row, benchmark)
     if result.status != "ok":
         pytest.fail(result.traceback or f"{row.name}: {result.reason}", pytrace=False)

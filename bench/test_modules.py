@@ -13,7 +13,7 @@ import pytest
 
 # A contest that disagrees is not timed, on purpose.
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
-def test_contest(entry, benchmark, modules):
+def test_contest(entry, benchmark, benched):
     """The contenders agree; then they are timed in turns."""
-    outcome = modules.measure(entry, benchmark)
+    outcome = benched.contest(entry, benchmark)
     assert outcome.agrees, f"error {outcome.error:.2e}, limit {outcome.limit:.2e}"

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from fastvit._version import __version__
+from fastvit.benchmark import command as benchmark
+from fastvit.tuning import command as tuning
 
 _DESCRIPTION = """\
 Fast GPSA attention, convolutional stem and patch embedding for vision transformers.
@@ -19,6 +21,8 @@ _EXAMPLES = """\
 examples:
   fastvit info                 what is installed, built and usable here, for bug reports
   fastvit info --help          how to ask for more
+  fastvit bench --help         how to measure here, and to compare two results
+  fastvit tune --help          how to search the fastest launch configurations on this GPU
 """
 
 _INFO_EXAMPLES = """\
@@ -29,7 +33,7 @@ examples:
 """
 
 
-_COMMANDS = ("info",)
+_COMMANDS = ("info", "bench", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         help="compare every backend with the reference on small inputs; exit with 1 if one differs",
     )
     info.set_defaults(run=_info)
+    benchmark.add_parser(commands)
+    tuning.add_parser(commands)
     return parser
 
 

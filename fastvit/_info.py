@@ -59,6 +59,8 @@ class Info:
         backends: a row for each op and backend.
         verdicts: what is known of kernels, by specialisation: empty if it agreed with PyTorch
             here or was verified before it was shipped, else what differed; then it is not used.
+        tuned: the tables of measured launch configurations ("files"), and which of them the calls
+            of this process took ("choices"); None where the kernels are not installed.
     """
 
     versions: dict[str, str | None]
@@ -69,6 +71,7 @@ class Info:
     native_problem: str | None
     backends: tuple[BackendStatus, ...]
     verdicts: dict[str, str]
+    tuned: dict[str, Any] | None
 
     @property
     def ok(self) -> bool:
@@ -80,7 +83,8 @@ class Info:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        tables = [*self._backend_table(), *self._verdict_lines(), *self._check_lines()]
+        tables = [*self._backend_table(), *self._verdict_lines(), *self._tuned_lines()]
+        tables += self._check_lines()
         return "\n".join([*self._head(), "", *tables])
 
     def _head(self) -> list[str]:
@@ -145,6 +149,13 @@ class Info:
             for key, verdict in failed.items()
         ]
 
+    def _tuned_lines(self) -> list[str]:
+        if self.tuned is None:
+            return []
+        from fastvit.ops import tuned
+
+        return ["", "launch configurations", *tuned.lines(self.tuned)]
+
     def _check_lines(self) -> list[str]:
         lines = []
         for s in self.backends:
@@ -182,6 +193,7 @@ def info(check: bool = False) -> Info:
         native_problem=problem,
         backends=backends,
         verdicts=trust.verdicts(),
+        tuned=_tuned(),
     )
 
 
@@ -223,6 +235,20 @@ def _cpu_name() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _tuned() -> dict[str, Any] | None:
+    """For the architectures of the GPUs here; without one Hopper's, as the interpreter."""
+    try:
+        # A clone as current folder has its kernels elsewhere.
+        from fastvit.kernels.configs import architecture
+    except ModuleNotFoundError:
+        return None
+    from fastvit.ops import tuned
+
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(len(_gpus()))]
+    archs = dict.fromkeys(map(architecture, capabilities or [(9, 0)]))
+    return tuned.report([arch for arch in archs if arch is not None])
 
 
 def _gpus() -> tuple[dict[str, Any], ...]:

@@ -33,15 +33,14 @@ def input_gradient(arch: str, arithmetic: str, out: int, channels: int, training
         keys, depth, warps, stages = (32,), 16, 8, 2 if vectors else 1
     if channels <= 32:
         keys = (_power(channels),)
-    blocks = -(-channels // sum(keys))
-    return Config(
+    config = Config(
         rows=64,
         keys=keys,
         channels=(min(depth, _power(out)),),
         warps=warps,
         stages=stages,
-        groups=_programs(arch, blocks),
     )
+    return config._replace(groups=split("stem_input_gradient", arch, config, out, channels))
 
 
 def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: int) -> Config:
@@ -60,16 +59,15 @@ def weight_gradient(arch: str, arithmetic: str, out: int, channels: int, taps: i
         ins = min(ins, _power(channels))
     # A row of taps in one program.
     taps = min(3, taps)
-    blocks = -(-channels // ins) * -(-out // outs) * (3 if taps == 3 else 1)
-    return Config(
+    config = Config(
         rows=32,
         keys=(outs,),
         channels=(ins,),
         warps=warps,
         stages=2,
-        groups=_programs(arch, blocks),
         taps=taps,
     )
+    return config._replace(groups=split("stem_weight_gradient", arch, config, out, channels))
 
 
 def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
@@ -78,13 +76,13 @@ def image_gradient(arch: str, arithmetic: str, out: int) -> Config:
     # Just above 128 registers the compiler spills rather than give up a block, and Triton 3.6
     # cannot have the two products of uint8 images in stages on sm_100.
     stages = 2 if arch in ("sm_80", "sm_90") else 1
-    return Config(
+    config = Config(
         rows=32,
         keys=(outs,),
         warps=4 if arithmetic == "half" and arch != "sm_100" else 8,
         stages=stages,
-        groups=2 * _programs(arch, -(-out // outs)),
     )
+    return config._replace(groups=split("stem_image_gradient", arch, config, out, 0))
 
 
 def raw_gradient(channels: int) -> Config:
@@ -92,6 +90,14 @@ def raw_gradient(channels: int) -> Config:
     return Config(rows=64, keys=(min(64, _power(channels)),))
 
 
-def _programs(arch: str, blocks: int) -> int:
-    """Two for each multiprocessor, of which ``blocks`` share the same positions."""
+def split(kernel: str, arch: str, config: Config, out: int, channels: int) -> int:
+    """The ``groups`` of a kernel in the tiles of ``config``: two programs for each multiprocessor,
+    of which those for different channels share the same positions.
+    """
+    outs = -(-out // sum(config.keys))
+    if kernel == "stem_image_gradient":
+        return 2 * max(1, 2 * _MULTIPROCESSORS[arch] // outs)
+    blocks = -(-channels // sum(config.keys))
+    if kernel == "stem_weight_gradient":
+        blocks = -(-channels // config.channels[0]) * outs * (3 if config.taps == 3 else 1)
     return max(1, 2 * _MULTIPROCESSORS[arch] // blocks)

@@ -173,7 +173,7 @@ def test_the_command_prints_text_or_json(capsys):
         (["info", "--help"], 0, "out", "fastvit info --check"),
         ([], 2, "err", "the following arguments are required: command"),
         (["infos"], 2, "err", "unknown command 'infos'; did you mean info?"),
-        (["tune"], 2, "err", "unknown command 'tune'; known: info"),
+        (["serve"], 2, "err", "unknown command 'serve'; known: info"),
     ],
     ids=["version", "help", "help of a command", "nothing", "misspelt", "unknown command"],
 )

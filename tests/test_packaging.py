@@ -140,6 +140,7 @@ def test_the_wheel_publishes_one_name_with_everything_under_it(distributions, so
     package = {str(p.relative_to(source)) for p in (source / "fastvit").rglob("*.py")}
     kernels = {f"fastvit/{p.relative_to(source)}" for p in (source / "kernels").rglob("*.py")}
     names = ("py.typed", "verified.json", "stem_choices.json", "benchmark/models.json")
+    names += ("kernels/tuned.json",)
     data = {f"fastvit/{name}" for name in names}
     compiled = {name for name in held if re.fullmatch(r"fastvit/_C\.[^/]*\.so", name)}
     assert len(compiled) == 1

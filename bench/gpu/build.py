@@ -23,6 +23,13 @@ _CMAKE = (3, 28)
 
 def run(device: Device, record: Record) -> None:
     """Later stages take what this leaves; without it, the sources without the extension."""
+    # cmake and ninja that came as Python packages stand beside the Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    lacking = _lacking(path)
+    if lacking and device.note:
+        # A dry run has nothing to compile for; the other stages do without the extension.
+        record.miss(f"install, without {', '.join(lacking)}")
+        return
     package = Package(Path(os.environ["FASTVIT_GPU_FOLDER"]))
     # In a second folder until it is known to import: the first sight of `built` counts.
     target = package.built.with_suffix(".new")
@@ -31,8 +38,6 @@ def run(device: Device, record: Record) -> None:
         "--disable-pip-version-check", "--no-warn-script-location",
         "--target", str(target), str(package.source),
     ]  # fmt: skip
-    # cmake and ninja that came as Python packages stand beside the Python.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, **device.build_environment, "PATH": path}
     seconds, output, status = _timed(command, environment, record.left() + 20)
     record.add(
@@ -42,24 +47,15 @@ def run(device: Device, record: Record) -> None:
         settings=device.build_environment,
         output=output,
     )
-    lacking = _lacking(environment["PATH"]) if status else []
-    if status and not lacking:
+    if status:
         print(output)
         # An old setuptools does not read pyproject.toml; CMake alone does not need it.
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(package.plain, target)
-        commands = _cmake(device, package, target)
-        seconds, output, status = _all_timed(commands, environment, record.left() + 20)
+        seconds, output, status = _cmake(device, package, target, environment, record.left() + 20)
         record.add(name="cmake", seconds=seconds, status=status, output=output)
-    if status and lacking and device.note:
-        # A dry run has nothing to compile for; the other stages do without the extension.
-        record.miss(f"install, without {', '.join(lacking)}")
-        return
     if status:
         print(output)
         why = f", for want of {', '.join(lacking)}" if lacking else ""
-        serve = "the sources serve, without the extension"
-        record.fail(f"neither pip nor CMake built it{why}; {serve}")
+        record.fail(f"nothing built it{why}; the sources serve, without the extension")
         return
     environment["PYTHONPATH"] = str(target)
     asked = "import fastvit; print(fastvit.info()); assert not fastvit._native.reason()"
@@ -72,10 +68,16 @@ def run(device: Device, record: Record) -> None:
     os.replace(target, package.built)
 
 
-def _cmake(device: Device, package: Package, target: Path) -> list[list[str]]:
+def _cmake(
+    device: Device, package: Package, target: Path, env: dict[str, str], limit: float
+) -> tuple[float, str, int]:
     """What setup.py has CMake do, into a copy of the package."""
+    if importlib.util.find_spec("pybind11") is None:
+        return 0.0, "pybind11 is not installed\n", 1
     import pybind11
 
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(package.plain, target)
     build = package.built.with_suffix(".cmake")
     version = runpy.run_path(str(package.plain / "fastvit" / "_version.py"))["__version__"]
     configure = [
@@ -84,17 +86,25 @@ def _cmake(device: Device, package: Package, target: Path) -> list[list[str]]:
         f"-DFASTVIT_VERSION={version}", *device.cmake_options,
     ]  # fmt: skip
     install = ["cmake", "--install", str(build), "--prefix", str(target / "fastvit")]
-    return [configure, ["cmake", "--build", str(build)], install]
+    start, outputs, status = time.perf_counter(), [], 0
+    for command in (configure, ["cmake", "--build", str(build)], install):
+        left = limit - (time.perf_counter() - start)
+        try:
+            _, output, status = _timed(command, env, max(left, 1.0))
+        # Without a CMake there is nothing to record but that.
+        except OSError as error:
+            output, status = f"{error}\n", 1
+        outputs.append(output)
+        if status:
+            break
+    return time.perf_counter() - start, "".join(outputs)[-_SHOWN:], status
 
 
 def _lacking(path: str) -> list[str]:
     """What pyproject.toml's build asks for, of which nothing is fetched, and is not here."""
     found = []
     cmake = shutil.which("cmake", path=path)
-    version = ""
-    if cmake:
-        asked = [cmake, "--version"]
-        version = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    version = _timed([cmake, "--version"], {**os.environ, "PATH": path}, 20)[1] if cmake else ""
     numbers = re.search(r"(\d+)\.(\d+)", version)
     if numbers is None or tuple(map(int, numbers.groups())) < _CMAKE:
         found.append(f"CMake {'.'.join(map(str, _CMAKE))} or later")
@@ -103,20 +113,6 @@ def _lacking(path: str) -> list[str]:
     if importlib.util.find_spec("pybind11") is None:
         found.append("pybind11")
     return found
-
-
-def _all_timed(
-    commands: list[list[str]], env: dict[str, str], limit: float
-) -> tuple[float, str, int]:
-    """One after the other, up to the first that fails."""
-    start, outputs, status = time.perf_counter(), [], 0
-    for command in commands:
-        left = limit - (time.perf_counter() - start)
-        _, output, status = _timed(command, env, max(left, 1.0))
-        outputs.append(output)
-        if status:
-            break
-    return time.perf_counter() - start, "".join(outputs)[-_SHOWN:], status
 
 
 def _timed(command: list[str], env: dict[str, str], limit: float) -> tuple[float, str, int]:

@@ -40,7 +40,7 @@ class Run:
     ) -> None:
         self.dry = dry
         self.budget = budget or (DRY_BUDGET if dry else BUDGET)
-        self.stages = chosen(names)
+        self.stages = chosen(names, dry=dry)
         self.commit = _commit()
         self.out = (out or _default_folder(self.commit, dry)).resolve()
         self._start = time.monotonic()

@@ -12,6 +12,8 @@ from torch import Tensor
 import fastvit
 from fastvit.functional import gpsa_attention
 from gpu.device import Device
+from gpu.model_graphs import accelerated
+from gpu.model_plan import PAIRS
 from gpu.patch_compare import images
 from gpu.patch_peers import Tokens
 from gpu.record import Record
@@ -57,6 +59,12 @@ def _checks() -> list[tuple[str, Check]]:
         make = partial(_tokens, pixels=pixels)
         checks += [(prefix + _name(check), partial(check, make=make)) for check in layers]
         checks.append((prefix + _name(far_images), partial(far_images, pixels=pixels)))
+    for pair in PAIRS:
+        for mode in ("train", "infer"):
+            prefix = f"first of {pair}, accelerated to {mode}: "
+            make = partial(accelerated, pair=pair, mode=mode)
+            for check in (capture_inference, side_stream_inference):
+                checks.append((prefix + _name(check), partial(check, make=make)))
     return checks
 
 
@@ -193,6 +201,16 @@ def side_stream(device: Device, make: Make) -> str | None:
     with device.stream():
         actual = step()
     _same(actual, expected)
+    return None
+
+
+def side_stream_inference(device: Device, make: Make) -> str | None:
+    layer, x = make(device)
+    with torch.no_grad():
+        expected = layer(x)
+        with device.stream():
+            actual = layer(x)
+    _same([actual], [expected])
     return None
 
 

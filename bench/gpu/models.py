@@ -1,124 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage: whole ConViTs against DeiTs of the same size, timm's and fastvit's, bfloat16."""
+"""Stage: whole models of two families against each other, timm's and fastvit's."""
 
 from __future__ import annotations
 
-import copy
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import fastvit
-from fastvit.models import load_checkpoint
-from fastvit.testing import Agreement, agreement
-from gpu.contests import with_positions
-from gpu.device import Call, Device
+from fastvit.testing import Agreement
+from gpu import ceilings, floors, model_floors
+from gpu.device import Call, Device, tf32
+from gpu.model_calls import Training, check_training, inference, pinned_to
+from gpu.model_contenders import Contender, contenders, random_images, side
+from gpu.model_plan import COMPILED, EAGER, PAIRS, Contest, contests
+from gpu.model_rows import rows
+from gpu.patch_compare import number
 from gpu.record import Record
-from gpu.timing import compete, draws
+from gpu.timing import compete, first_line
 
-_DTYPE = torch.bfloat16
-_MODES = ("inference", "training")
+_LATE = "not reached in time"
+# Seconds that have to be left for one more model to be compiled.
+_COMPILATION = 40.0
+
+Makers = dict[str, Callable[[], Sequence[Call]]]
 
 
 def run(device: Device, record: Record) -> None:
-    for batch in device.plan.batches:
-        for size in device.plan.models:
-            if record.left() < 0:
-                record.miss(f"{size}, batch {batch}")
-                continue
-            _size(device, record, size, batch)
-            device.release()
+    rates = ceilings.read(record)
+    if rates is None:
+        record.data["floors"] = "not known: the stage ceilings left none"
+    for contest in contests(dry=bool(device.note)):
+        if record.left() < contest.least:
+            record.miss(contest.name)
+            continue
+        try:
+            with tf32(contest.dtype == "tf32"), warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                _contest(device, record, rates, contest, said)
+        # Recorded as this contest's failure; the others are still held.
+        except Exception as error:
+            traceback.print_exc()
+            record.fail(f"{contest.name}: {first_line(error)}")
+        device.release()
+        # A kernel that broke the device would fail all that follows: this raises then.
+        device.synchronize()
 
 
-def _size(device: Device, record: Record, size: str, batch: int) -> None:
-    models = _models(device, size)
-    images = [_images(device, batch, i) for i in range(2)]
-    checks = [
-        _check(models[f"timm {name}"], models[f"fastvit {name}"], images[0][:2], f"{name}_{size}")
-        for name in ("convit", "deit")
-    ]
-    for check in checks:
-        if not check.ok:
-            record.fail(f"not timed: {check}")
+def _contest(
+    device: Device, record: Record, rates: dict | None, contest: Contest,
+    said: list[warnings.WarningMessage],
+) -> None:  # fmt: skip
+    images = random_images(device, contest)
+    families, pair = PAIRS[contest.pair], rows(contest)
+    first, second = (
+        side(device, name, row, images[0]) for name, row in zip(families, pair, strict=True)
+    )
+    checks: list[Agreement] = []
+    if contest.mode == "training":
+        for which in (first, second):
+            checks += check_training(device, which, contest)
+        wrong = [str(check) for check in checks if not check.ok]
+        if wrong:
+            record.fail(f"{contest.name}, not timed: {'; '.join(wrong)}")
             return
-    for mode in _MODES:
-        make = _inference if mode == "inference" else _training
-        makers = {
-            name: lambda m=m, make=make: make(device, m, images) for name, m in models.items()
-        }
-        found = compete(device, makers, graphs=False)
-        for times in found.values():
-            if "median" in times:
-                times["images_per_s"] = batch / times["median"]
-        record.add(
-            size=size, batch=batch, mode=mode, contenders=found,
-            checks=[check._asdict() for check in checks],
-        )  # fmt: skip
+    held = list(contenders(contest, (first, second)))
+    found = compete(device, _makers(device, record, contest, held, images, checks), graphs=False)
+    for contender in held:
+        for name in (contender.name, f"{contender.name} graph"):
+            if name in found:
+                _judge(record, rates, contest, contender, name, found[name])
+    more: dict[str, Any] = {}
+    if contest.mode == "training" and contest.way == EAGER:
+        more["memory"] = {c.name: _memory(device, c, images[0]) for c in held if c.pinned is None}
+    # Among them why a kernel that has not proved itself was not used.
+    if said:
+        more["warnings"] = sorted({str(warning.message).strip()[:500] for warning in said})
+    record.add(
+        **contest._asdict(), contenders=found, checks=[check._asdict() for check in checks], **more
+    )
 
 
-def _models(device: Device, size: str) -> dict[str, nn.Module]:
-    import timm
-
-    found: dict[str, nn.Module] = {}
-    for family in ("convit", "deit"):
-        options = device.plan.model_options[family]
-        torch.manual_seed(0)
-        name = f"{family}_{size}"
-        library = f"deit_{size}_patch16_224" if family == "deit" else name
-        theirs = timm.create_model(library, **options).to(device.device, _DTYPE)
-        with_positions(theirs, (device.plan.image_size // 16) ** 2)
-        for parameter_name, parameter in theirs.named_parameters():
-            if parameter_name.endswith("gating_param"):
-                nn.init.uniform_(parameter, -2.0, 2.0)
-        ours = fastvit.create_model(name, **options).to(device.device, _DTYPE)
-        load_checkpoint(ours, theirs.state_dict())
-        # By name, so that the figures are the kernels' also where they have not proved themselves.
-        for module in ours.modules():
-            if isinstance(module, (fastvit.GPSA, fastvit.MHSA)):
-                module.backend = "triton"
-        found |= {f"timm {family}": theirs, f"fastvit {family}": ours}
-    return found
+def _makers(
+    device: Device, record: Record, contest: Contest, held: list[Contender],
+    images: list[torch.Tensor], checks: list[Agreement],
+) -> Makers:  # fmt: skip
+    makers: Makers = {}
+    training = Training(device, images)
+    if contest.way != EAGER:
+        # Else the code of an earlier contest could serve.
+        torch._dynamo.reset()
+    for contender in held:
+        forward = _forward(device, record, contest, contender)
+        if contest.mode == "training":
+            makers[contender.name] = partial(_trained, training, contender, forward)
+            continue
+        for graph in (False, True):
+            makers[contender.name + graph * " graph"] = partial(
+                _inferred, device, contest, contender, forward, images, graph=graph, checks=checks
+            )
+    return makers
 
 
-def _images(device: Device, batch: int, seed: int) -> torch.Tensor:
-    side = device.plan.image_size
-    return draws(device, batch, 3, side, side, dtype=_DTYPE, seed=seed)
+Forward = Callable[[], Callable[[torch.Tensor], torch.Tensor]]
 
 
-def _check(theirs: nn.Module, ours: nn.Module, images: torch.Tensor, name: str) -> Agreement:
-    with torch.no_grad():
-        exact = with_positions(copy.deepcopy(theirs).double(), (images.shape[-1] // 16) ** 2)
-        expected = exact.eval()(images.double())
-        return agreement(ours.eval()(images), theirs.eval()(images), expected, name=name, rms=True)
+def _forward(device: Device, record: Record, contest: Contest, contender: Contender) -> Forward:
+    """What makes the function to time, once, when its contender is called up: what fails then
+    costs no other.
+    """
+    made: list[Any] = []
+
+    def make() -> Any:
+        if contender.frozen:
+            fastvit.accelerate(contender.model.eval(), mode="infer", strict=True)
+        if contest.way == EAGER:
+            return contender.model
+        if record.left() < _COMPILATION:
+            raise TimeoutError(_LATE)
+        options = {} if contest.way == COMPILED else {"mode": contest.way}
+        return device.compile(contender.model, dynamic=False, **options)
+
+    def forward() -> Any:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return forward
 
 
-def _inference(device: Device, model: nn.Module, images: list[torch.Tensor]) -> list[Call]:
-    model.eval()
-
-    def call(x: torch.Tensor) -> Call:
-        def infer() -> torch.Tensor:
-            with torch.no_grad():
-                return model(x)
-
-        return infer
-
-    return [call(x) for x in images]
+def _inferred(
+    device: Device, contest: Contest, contender: Contender, forward: Forward,
+    images: list[torch.Tensor], **options: Any,
+) -> Sequence[Call]:  # fmt: skip
+    return inference(device, contest, contender, forward(), images, **options)
 
 
-def _training(device: Device, model: nn.Module, images: list[torch.Tensor]) -> list[Call]:
-    """Forward, cross-entropy, backward and a step of AdamW, as in the papers."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    labels = torch.zeros(len(images[0]), dtype=torch.long, device=device.device)
+def _trained(training: Training, contender: Contender, forward: Forward) -> Sequence[Call]:
+    return training.calls(contender, forward())
 
-    def call(x: torch.Tensor) -> Call:
-        def step() -> Any:
-            F.cross_entropy(model(x).float(), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        return step
+def _judge(
+    record: Record, rates: dict | None, contest: Contest, contender: Contender, name: str,
+    times: dict[str, Any],
+) -> None:  # fmt: skip
+    """Add speed and share of the floor; what is wrong with them fails the stage."""
+    label = f"{contest.name}, {name}"
+    error = times.get("error", "")
+    if "Disagreement" in error:
+        record.fail(f"{label}, not timed: {error}")
+    elif error and contender.pinned is None and "fastvit" in name and not _excused(error):
+        record.fail(f"{label}: {error}")
+    if "median" not in times:
+        return
+    times["images_per_s"] = contest.batch / times["median"]
+    if rates is None:
+        return
+    which = contender.side
+    work = model_floors.work(
+        which.row, sum(p.numel() for p in which.theirs.parameters()), contest.batch,
+        number(contest.dtype).itemsize, training=contest.mode == "training",
+    )  # fmt: skip
+    times["floor"] = floors.seconds(work, rates, contest.dtype)
+    times["share"], problem = floors.share(times["floor"], times["median"])
+    if problem:
+        record.fail(f"{label}: {problem}")
 
-    return [call(x) for x in images]
+
+def _excused(error: str) -> bool:
+    """Whether it says that the memory or the time of this machine did not suffice."""
+    return "OutOfMemory" in error or _LATE in error
+
+
+def _memory(device: Device, contender: Contender, images: torch.Tensor) -> dict[str, Any]:
+    """Of forward and backward, beyond parameters and images; what fails costs no times."""
+    model = contender.model.train()
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    cotangent = torch.ones(len(images), 1000, dtype=images.dtype, device=images.device)
+    try:
+        with pinned_to(contender.pinned):
+            return device.memory(lambda: model(images), leaves, cotangent)
+    except Exception as error:
+        return {"error": first_line(error)}

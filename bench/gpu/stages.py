@@ -19,6 +19,8 @@ class Stage(NamedTuple):
     #: Share of the time: what a stage leaves over goes to the later ones in proportion.
     seconds: int
     what: str
+    #: Whether it measures only when asked for by name: it would take all the time.
+    asked: bool = False
 
 
 STAGES = (
@@ -33,7 +35,9 @@ STAGES = (
     Stage("patch_embed", "kernels.json", 80, "images to tokens: agreement, times with peers"),
     Stage("stem", "kernels.json", 80, "the convolutional stem: agreement, times with peers"),
     Stage("stem_choices", "kernels.json", 40, "which layers of the stem cuDNN does faster"),
-    Stage("models", "models.json", 50, "ConViT against DeiT"),
+    Stage("models", "models.json", 90, "ConViT against DeiT, ViT_C against ViT_P"),
+    Stage("epoch", "models.json", 40, "minutes per ImageNet epoch of the papers' models"),
+    Stage("tune", "tuned_search.json", 60, "the fastest launch configurations", asked=True),
 )
 
 BY_NAME = {stage.name: stage for stage in STAGES}
@@ -48,6 +52,7 @@ _NEEDS = {
     "patch_embed": ("build", "ceilings"),
     "stem": ("ceilings",),
     "models": ("build", "ceilings"),
+    "epoch": ("build",),
 }
 
 #: Names of ops that are more than one stage.
@@ -56,14 +61,15 @@ _OPS = {"gpsa": ("kernels", "peers"), "conv_stem": ("stem", "stem_choices")}
 NAMES = (*BY_NAME, *_OPS)
 
 
-def chosen(names: Iterable[str] | None) -> list[Stage]:
-    """The stages of some of :data:`NAMES` with those that they need, in the run's order; None: all.
+def chosen(names: Iterable[str] | None, *, dry: bool) -> list[Stage]:
+    """The stages of some of :data:`NAMES` with those that they need, in the run's order; None: all,
+    but those that run when asked for, unless the run is dry.
 
     Args:
         names: of stages or ops.
     """
     if not names:
-        return list(STAGES)
+        return [stage for stage in STAGES if dry or not stage.asked]
     wanted = {stage for name in names for stage in _OPS.get(name, (name,))}
     wanted |= {need for name in wanted for need in _NEEDS.get(name, ())}
     return [stage for stage in STAGES if stage.name in wanted]
@@ -74,6 +80,10 @@ FILES = (
     *dict.fromkeys(stage.file for stage in STAGES),
     "verified.json",
     "stem_choices.json",
+    "epoch.json",
+    "epoch.md",
+    "epoch.svg",
+    "tuned.json",
     "summary.md",
     "summary.svg",
 )

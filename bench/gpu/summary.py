@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from gpu import summary_attention, summary_checks, summary_images
-from gpu.cells import NOTHING, Records, cases_of, markdown
+from gpu import moonshots, summary_attention, summary_checks, summary_images, summary_models
+from gpu.cells import Records, markdown
 from gpu.stages import STAGES
 
 DRY = "dry run on a processor: not a measurement"
@@ -31,7 +30,8 @@ def write(out: Path, records: Records, picture: str, *, dry: bool) -> None:
         picture: the line that shows it, or says why there is none.
     """
     note = f"*{DRY}*\n\n" if dry else ""
-    parts = [f"# fastvit on a GPU\n\n{_head(records)}", f"{note}{stage_table(records)}"]
+    parts = [f"# fastvit on a GPU\n\n{_head(records)}", f"{note}{moonshots.line(records)}"]
+    parts.append(f"{note}{stage_table(records)}")
     parts.append(_HOW_TO_READ)
     for title, make in _TABLES.items():
         table = make(records)
@@ -83,36 +83,15 @@ def _head(records: Records) -> str:
     return "No stage came as far as naming the machine."
 
 
-def _models(records: Records) -> str:
-    rows = []
-    for case in cases_of(records, "models"):
-        rate = {n: t.get("images_per_s") for n, t in case["contenders"].items()}
-
-        def over(a: str, b: str, rate: dict[str, Any] = rate) -> str:
-            return f"{rate[a] / rate[b]:.2f}" if rate.get(a) and rate.get(b) else NOTHING
-
-        rows.append(
-            [
-                case["size"], str(case["batch"]), case["mode"],
-                *(f"{rate[n]:,.0f}" if rate[n] else case["contenders"][n]["error"][:40] for n in
-                  ("timm convit", "fastvit convit", "timm deit", "fastvit deit")),
-                over("fastvit convit", "timm convit"), over("timm convit", "timm deit"),
-                over("fastvit convit", "timm deit"), over("fastvit convit", "fastvit deit"),
-            ]
-        )  # fmt: skip
-    heads = ["size", "batch", "mode", "timm ConViT images/s", "fastvit ConViT", "timm DeiT",
-             "fastvit DeiT", "fastvit ÷ timm", "timm ConViT ÷ DeiT",
-             "fastvit ConViT ÷ timm DeiT", "÷ fastvit DeiT"]  # fmt: skip
-    return markdown(heads, rows)
-
-
 _TABLES: dict[str, Callable[[Records], str]] = {
+    "Targets": moonshots.table,
     "Ceilings": summary_checks.ceilings,
     "Attention and its position term, against plain attention": summary_attention.core,
     "The same, against FlexAttention": summary_attention.compiled_core,
     "GPSA layer, against timm's": summary_attention.module,
     "GPSA layer under torch.compile": summary_attention.compiled_module,
-    "Models, bfloat16": _models,
+    "Models": summary_models.models,
+    "Minutes per ImageNet epoch, bfloat16": summary_models.epoch,
     "Patch embedding with class token and positions": summary_images.embedding,
     "Patch embedding: compiled, the convolution alone, memory": summary_images.embedding_more,
     "Convolutional stem": summary_images.stem,

@@ -4,7 +4,8 @@
 Every row of ``models.json`` is built twice: as the library model that a user has today
 (timm or torchvision, eager, fused attention on) and as the fastvit model, with the same weights.
 The two must agree by the numbers rule of :mod:`fastvit.testing` before either is timed.
-``pytest bench/ --benchmark`` runs it; the modules here hold what that run and the tests share:
+``pytest bench/ --benchmark`` and ``fastvit bench`` run it; the modules here hold what those runs
+and the tests share:
 
 =========================  ==========================================================
 ``rows``                   the rows of ``models.json`` as dataclasses, and their selection
@@ -17,6 +18,11 @@ The two must agree by the numbers rule of :mod:`fastvit.testing` before either i
 ``report``, ``plot``       ``epoch.json``, ``epoch.md``, ``epoch.svg``
 ``machine``                what the figures were measured on
 ``contests``, ``modules``  layers and models against their peers; measured and printed
+``options``, ``session``   what can be asked of a run, and the run
+``command``, ``drive``     ``fastvit bench``
+``figures``, ``stated``    figures with an identity; what a file states follows from its samples
+``reading*``               files of results as figures
+``compar*``                what changed between two runs beyond the measured spread
 =========================  ==========================================================
 
 timm, torchvision and matplotlib (the ``bench`` extra) are imported by the functions that need

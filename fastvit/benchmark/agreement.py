@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def compared_parameters(row: Row) -> tuple[str, str, str]:
 
 
 def confirm(
-    row: Row, library: nn.Module, ours: nn.Module, batches: Iterable[Tensor]
+    row: Row, library: nn.Module, ours: nn.Module, batches: Iterable[Tensor], **options: Any
 ) -> list[Agreement]:
     """:func:`compare` on one batch after another, until every tensor has agreed on one.
 
@@ -46,12 +47,15 @@ def confirm(
     decides a gradient, and the largest error of a few elements scatters by more than a factor of
     two. A fault disagrees on every batch.
 
+    Args:
+        options: ``rms`` and ``floor`` of :func:`compare`.
+
     Returns:
         Per tensor the first comparison that agreed, else the last one.
     """
     kept: dict[str, Agreement] = {}
     for images in batches:
-        for found in compare(row, library, ours, images):
+        for found in compare(row, library, ours, images, **options):
             if found.name not in kept or not kept[found.name].ok:
                 kept[found.name] = found
         if all(found.ok for found in kept.values()):
@@ -59,7 +63,10 @@ def confirm(
     return list(kept.values())
 
 
-def compare(row: Row, library: nn.Module, ours: nn.Module, images: Tensor) -> list[Agreement]:
+def compare(
+    row: Row, library: nn.Module, ours: nn.Module, images: Tensor, *,
+    rms: bool = False, floor: float = 0.0,
+) -> list[Agreement]:  # fmt: skip
     """Compare ``ours`` with ``library``, which hold the same weights, by the numbers rule.
 
     What is compared: in training mode the output and the gradients of the images and of
@@ -69,6 +76,7 @@ def compare(row: Row, library: nn.Module, ours: nn.Module, images: Tensor) -> li
     Args:
         images: (B, 3, S, S) in the models' dtype. Running statistics of BatchNorm move by one
             training step in both models.
+        rms, floor: of :func:`fastvit.testing.agreement`.
 
     Returns:
         One :class:`~fastvit.testing.Agreement` per tensor.
@@ -94,7 +102,8 @@ def compare(row: Row, library: nn.Module, ours: nn.Module, images: Tensor) -> li
             reference[i],
             expected[i],
             name=label,
-            floor=CANCELLING if label.endswith(_CANCELLING) else 0.0,
+            floor=max(floor, CANCELLING if label.endswith(_CANCELLING) else 0.0),
+            rms=rms,
         )
         for i, label in enumerate(labels)
     ]

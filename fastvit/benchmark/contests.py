@@ -9,6 +9,7 @@ implementation in the same dtype can leave out.
 from __future__ import annotations
 
 import copy
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -105,18 +106,23 @@ def select(all_entries: Iterable[Entry], patterns: Iterable[str]) -> list[Entry]
     """The entries whose name, dtype and batch match one of the shell patterns.
 
     Raises:
-        ValueError: a pattern matches none.
+        ValueError: a pattern matches none; the message has the nearest names.
     """
     all_entries = list(all_entries)
     chosen: dict[str, Entry] = {}
     for pattern in patterns:
         matching = [e for e in all_entries if fnmatch.fnmatch(e.id, f"*{pattern}*")]
         if not matching:
-            raise ValueError(
-                f"no contest matches {pattern!r}; there are {[e.id for e in entries()]}"
-            )
+            raise ValueError(f"no contest matches {pattern!r}; {_nearest(pattern, all_entries)}")
         chosen.update({e.id: e for e in matching})
     return [e for e in all_entries if e.id in chosen]
+
+
+def _nearest(pattern: str, known: Iterable[Entry]) -> str:
+    names = list(dict.fromkeys(entry.name for entry in known))
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    listed = ", ".join(map(repr, near or names))
+    return f"the nearest names are {listed}" if near else f"the contests are {listed}"
 
 
 def _compare(

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastvit.benchmark.rows import RegNetConfig, Row
+from fastvit.benchmark.rows import RegNetConfig, Row, StemLayer
 
 if TYPE_CHECKING:
     from fastvit.models import ConViT, VisionTransformer
@@ -27,7 +29,7 @@ def build_library(row: Row) -> nn.Module:
         ValueError: the row's family is unknown.
     """
     if row.family == "DeiT":
-        return _timm_deit(row)
+        return timm_vit(row)
     if row.family == "ConViT":
         return _timm_convit(row)
     if row.family in ("ViT_P", "ViT_C"):
@@ -47,22 +49,46 @@ def build_fastvit(row: Row) -> ConViT | VisionTransformer:
 
     if row.fastvit is None:
         raise ValueError(f"{row.name} is a convolutional network; fastvit has no model of it")
-    return create_model(row.fastvit, num_classes=_NUM_CLASSES, img_size=row.image_size)
+    options = dict(row.options)
+    return create_model(row.fastvit, num_classes=_NUM_CLASSES, img_size=row.image_size, **options)
 
 
-def _timm_deit(row: Row) -> nn.Module:
+def timm_vit(row: Row) -> nn.Module:
+    """timm's plain vision transformer with the row's patch embedding or convolutional stem.
+
+    The tables take ViT_P and ViT_C from torchvision, which trained them.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
+    options: dict[str, Any] = {"patch_size": row.stem[0].kernel}
+    if len(row.stem) > 1:
+        options = {"embed_layer": functools.partial(_timm_stem, row.stem)}
     return VisionTransformer(
         img_size=row.image_size,
-        patch_size=row.stem[0].kernel,
         num_classes=_NUM_CLASSES,
         embed_dim=row.embed_dim,
         depth=row.depth,
         num_heads=row.heads,
         mlp_ratio=row.mlp_ratio,
         qkv_bias=row.qkv_bias,
+        **options,
     )
+
+
+def _timm_stem(layers: Sequence[StemLayer], img_size: int, embed_dim: int, **_: Any) -> nn.Module:
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    stem = ConvStem(
+        depth=len(layers),
+        channels=tuple(layer.out_ch for layer in layers),
+        kernel_size=tuple(layer.kernel for layer in layers),
+        stride=tuple(layer.stride for layer in layers),
+    )
+    return HybridEmbed(stem, img_size=img_size, proj=False, embed_dim=embed_dim)
 
 
 def _timm_convit(row: Row) -> nn.Module:

@@ -23,7 +23,7 @@ from fastvit.benchmark.contests import (
 )
 from fastvit.benchmark.machine import Machine
 from fastvit.benchmark.measure import Repeat, repeat_plainly
-from fastvit.benchmark.report import write_text
+from fastvit.benchmark.report import now, write_text
 from fastvit.benchmark.text import NOTHING, Cell, Column, bullets, render_markdown, render_text
 
 _ROUNDS = 12
@@ -202,6 +202,7 @@ def write_report(outcomes: list[Outcome], machine: Machine, folder: Path) -> Non
         "versions": machine.versions,
         "machine": machine.to_dict(),
         "commit": machine.commit,
+        "date": now(),
     }
     write_text(folder / "modules.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     parts = [

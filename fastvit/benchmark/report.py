@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Run:
             "versions": self.machine.versions,
             "machine": self.machine.to_dict(),
             "commit": self.machine.commit,
+            "date": now(),
             "dtype": self.dtype,
             "images_per_epoch": IMAGES_PER_EPOCH,
             "formula": FORMULA,
@@ -99,6 +101,11 @@ def write_json(run: Run, folder: Path) -> Path:
     """Write ``epoch.json`` alone: cheap enough to do after every row."""
     content = json.dumps(_finite(run.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
     return write_text(folder / "epoch.json", content + "\n")
+
+
+def now() -> str:
+    """The date and time of a report."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def write_text(path: Path, content: str) -> Path:

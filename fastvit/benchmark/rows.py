@@ -100,6 +100,8 @@ class Row:
     ``fastvit`` is the name for ``fastvit.create_model``, None for a convolutional network.
     ``matched`` says which part of the configuration was chosen to meet the printed figures
     because the authors' is not public ("matched": all of it); None where it is known.
+    ``options`` are arguments of ``fastvit.create_model`` beyond what the name stands for: those of
+    a model that is in no table.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Row:
     local_up_to_layer: int | None = None
     regnet: RegNetConfig | None = None
     matched: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def table(self) -> str:

@@ -30,13 +30,21 @@ _POSITION_SCALES = (0.5, 0.5, 0.05)
 def library_model(
     row: Row, *, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> nn.Module:
-    """The row's library model with random weights that depend on ``seed`` only, in training mode.
+    """The row's library model as :func:`filled` leaves it."""
+    with torch.device("meta"):
+        model = build_library(row)
+    return filled(model, device=device, dtype=dtype, seed=seed)
+
+
+def filled(
+    model: nn.Module, *, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> nn.Module:
+    """A model laid out on the meta device, with random weights that depend on ``seed`` only, in
+    training mode.
 
     Raises:
         RuntimeError: the model has a buffer that nothing here can give a value.
     """
-    with torch.device("meta"):
-        model = build_library(row)
     model = model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

@@ -5,7 +5,7 @@ and the update of the running statistics.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,10 +146,12 @@ def _conv_stem_backward(grad: Tensor, x: Tensor, proj_weight: Tensor, *args: Any
     if _takes_kernels(x, proj_weight, stages, "backward", backend):
         # Only here, since importing Triton takes time.
         from fastvit.ops import conv_stem_triton_backward
-        from fastvit.ops.conv_stem_trust import trusts_backward
+        from fastvit.ops.conv_stem_trust import trusted_backward
 
-        if trusts_backward(x, proj_weight, stages, arguments[10], backend):
-            return conv_stem_triton_backward.backward(*inputs)
+        kernels = trusted_backward(x, proj_weight, stages, arguments[10], backend)
+        if kernels is not None:
+            backward: Callable[..., list[Tensor]] = conv_stem_triton_backward.backward
+            return backward(*inputs, kernels=kernels)
     return conv_stem_torch.backward(*inputs)
 
 

@@ -18,7 +18,7 @@ from fastvit.kernels.stem_first import stem_first
 from fastvit.kernels.stem_pair import stem_pair
 from fastvit.kernels.stem_statistics import stem_affine, stem_statistics
 from fastvit.kernels.stem_tokens import stem_tokens
-from fastvit.ops import conv_stem_torch, stem_choices
+from fastvit.ops import conv_stem_torch, stem_choices, tuned
 from fastvit.ops.batch_statistics import synchronized
 from fastvit.ops.conv_stem_torch import (
     Floats,
@@ -46,7 +46,9 @@ class Plan(NamedTuple):
 def plan(x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool) -> Plan:
     """What runs for images x; ``keeps`` if the raw tensors of all stages are needed."""
     posed = problem(x, proj_weight, stages, keeps)
-    kernels = stem_choices.with_cudnn(stem_configs.forward(posed), posed, stages.strides)
+    strides, raw = tuple(stages.strides), x.dtype == torch.uint8
+    kernels = tuned.stem_forward(posed, x.shape[0], tuple(x.shape[-2:]), strides, raw)
+    kernels = stem_choices.with_cudnn(kernels, posed, strides)
     return Plan(posed.arch, precision(), kernels)
 
 

@@ -7,7 +7,7 @@ forward kept, and the gradient before its ReLU. What lies between them is comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ from fastvit.kernels.stem_input_gradient import stem_input_gradient
 from fastvit.kernels.stem_raw_gradient import stem_raw_gradient
 from fastvit.kernels.stem_sums import stem_norm_gradient, stem_weight_sum
 from fastvit.kernels.stem_weight_gradient import stem_weight_gradient
-from fastvit.ops import conv_stem_torch
+from fastvit.kernels.tuned import Kernels
+from fastvit.ops import conv_stem_torch, tuned
 from fastvit.ops.batch_statistics import exchanged
 from fastvit.ops.conv_stem_torch import Floats, Stages, Tensors, channels_last
 from fastvit.ops.gpsa_triton import architecture, precision
@@ -41,11 +42,27 @@ class _Setting(NamedTuple):
     precision: str
     training: bool
     eps: float
+    #: Configurations in the place of those that are built in, by kernel and convolution.
+    tuned: Mapping[str, Config]
 
-    def input_gradient(self, weight: Tensor) -> Config:
+    def input_gradient(self, weight: Tensor, level: int) -> Config:
         """The launch that leads back through the weights of a convolution."""
         out, channels = weight.shape[:2]
-        return configs.input_gradient(self.arch, self.arithmetic, out, channels, self.training)
+        return self.tuned.get(f"stem_input_gradient[{level}]") or configs.input_gradient(
+            self.arch, self.arithmetic, out, channels, self.training
+        )
+
+    def weight_gradient(self, weight: Tensor, level: int) -> Config:
+        """Of the gradient of a convolution's weights."""
+        out, channels = weight.shape[:2]
+        return self.tuned.get(f"stem_weight_gradient[{level}]") or configs.weight_gradient(
+            self.arch, self.arithmetic, out, channels, weight[0, 0].numel()
+        )
+
+    def image_gradient(self, out: int) -> Config:
+        """Of the gradient of the first convolution's weights."""
+        built_in = configs.image_gradient(self.arch, self.arithmetic, out)
+        return self.tuned.get("stem_image_gradient[0]", built_in)
 
 
 class _Norm(NamedTuple):
@@ -55,6 +72,16 @@ class _Norm(NamedTuple):
     bias: Tensor
     mean: Tensor
     variance: Tensor
+
+
+def plan(x: Tensor, proj_weight: Tensor, stages: Stages, training: bool) -> Kernels:
+    """The kernels for images x that take other configurations than those that are built in."""
+    arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
+    widths = (x.shape[1], *(w.shape[0] for w in stages.weights), proj_weight.shape[0])
+    return tuned.stem_backward(
+        architecture(x.device), arithmetic, x.shape[0], tuple(x.shape[-2:]), widths,
+        tuple(stages.strides), training, x.dtype == torch.uint8,
+    )  # fmt: skip
 
 
 def backward(
@@ -73,8 +100,9 @@ def backward(
     wanted: Sequence[bool],
     group: str = "",
     counts: Tensors = (),
+    kernels: Kernels = (),
 ) -> list[Tensor]:
-    """What :func:`fastvit.ops.conv_stem_torch.backward` gives."""
+    """What :func:`fastvit.ops.conv_stem_torch.backward` gives, with ``kernels`` of :func:`plan`."""
     depth, raw = len(raw), [channels_last(y) for y in raw]
     if group and grad.numel() == 0:
         # Nothing to launch, but other processes wait for this one.
@@ -88,7 +116,8 @@ def backward(
         zeros = [None if t is None else t.new_zeros(t.shape) for t in tensors]
         return picked(wanted, zeros)
     arithmetic = precision() if proj_weight.dtype == torch.float32 else "half"
-    setting = _Setting(architecture(x.device), arithmetic, precision(), training, eps)
+    arch = architecture(x.device)
+    setting = _Setting(arch, arithmetic, precision(), training, eps, dict(kernels))
     norms = [
         _Norm(*(t.contiguous() for t in norm))
         for norm in zip(
@@ -107,10 +136,10 @@ def backward(
     dgammas, dbetas = dweights.copy(), dweights.copy()
     with torch.cuda.device_of(x):
         if wanted[1]:
-            dproj = _weight_gradient(setting, dtokens, 1, raw[-1], norms[-1], proj_weight)
+            dproj = _weight_gradient(setting, depth, dtokens, 1, raw[-1], norms[-1], proj_weight)
         if first < depth:
             flat = proj_weight.flatten(1).contiguous()
-            dz, partials = _input_gradient(setting, dtokens, flat, 1, raw[-1], norms[-1])
+            dz, partials = _input_gradient(setting, depth, dtokens, flat, 1, raw[-1], norms[-1])
         for i in reversed(range(first, depth)):
             weight, stride, norm = stages.weights[i], stages.strides[i], norms[i]
             dgammas[i], dbetas[i] = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
@@ -127,15 +156,16 @@ def backward(
             if wanted[5 + i]:
                 if i:
                     below = raw[i - 1], norms[i - 1]
-                    dweights[i] = _weight_gradient(setting, dz, stride, *below, weight)
+                    dweights[i] = _weight_gradient(setting, i, dz, stride, *below, weight)
                 else:
                     dweights[i] = _first_gradient(setting, dz, above, stride, x, mean, std, weight)
             if i > first:
                 below = raw[i - 1], norms[i - 1]
-                dz, partials = _input_gradient(setting, dz, channels_last(weight), stride, *below)
+                up = channels_last(weight)
+                dz, partials = _input_gradient(setting, i, dz, up, stride, *below)
             elif wanted[0]:
                 dimage = x.new_empty(x.shape)
-                config = setting.input_gradient(weight)
+                config = setting.input_gradient(weight, 0)
                 stem_input_gradient(
                     dz, channels_last(weight), stride, None, None, eps, dimage, False,
                     setting.precision, config,
@@ -177,12 +207,18 @@ def _token_sums(
 
 
 def _input_gradient(
-    setting: _Setting, grad: Tensor, weight: Tensor, stride: int, below: Tensor, norm: _Norm
+    setting: _Setting,
+    level: int,
+    grad: Tensor,
+    weight: Tensor,
+    stride: int,
+    below: Tensor,
+    norm: _Norm,
 ) -> tuple[Tensor, Tensor]:
     """The gradient before the ReLU that follows ``below``, with fixed statistics that of ``below``,
     and the sums in parts that the batch norm needs.
     """
-    config = setting.input_gradient(weight)
+    config = setting.input_gradient(weight, level)
     dx = below.new_empty_strided(below.shape, below.stride())
     partials = stem_input_gradient(
         grad, weight, stride, below, norm, setting.eps, dx, not setting.training,
@@ -192,14 +228,19 @@ def _input_gradient(
 
 
 def _weight_gradient(
-    setting: _Setting, grad: Tensor, stride: int, below: Tensor, norm: _Norm | None, weight: Tensor
+    setting: _Setting,
+    level: int,
+    grad: Tensor,
+    stride: int,
+    below: Tensor,
+    norm: _Norm | None,
+    weight: Tensor,
 ) -> Tensor:
     """Of a 3x3 or, where ``grad`` are tokens, the last 1x1; without a norm, ``below`` is what the
     convolution read.
     """
     taps = weight[0, 0].numel()
-    out, channels = weight.shape[:2]
-    config = configs.weight_gradient(setting.arch, setting.arithmetic, out, channels, taps)
+    config = setting.weight_gradient(weight, level)
     partials = stem_weight_gradient(
         grad, stride, taps, below, norm, setting.eps, torch.float32, setting.precision, config
     )
@@ -223,12 +264,12 @@ def _first_gradient(
     """
     if not gathers(x.shape[1]):
         image = channels_last(normalize_images(x, mean, std, dz.dtype))
-        return _weight_gradient(setting, dz, stride, image, None, weight)
+        return _weight_gradient(setting, 0, dz, stride, image, None, weight)
     raw, coefficients = above if above is not None else (None, None)
     centers = shifts = scales = None
     if x.dtype == torch.uint8:
         centers, shifts, scales = fold_numbers(mean, std, x.shape[1])
-    config = configs.image_gradient(*setting[:2], weight.shape[0])
+    config = setting.image_gradient(weight.shape[0])
     if not within_reach(x, config.rows):
         x = x.contiguous()
     partials = stem_image_gradient(

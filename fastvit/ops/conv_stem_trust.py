@@ -21,6 +21,7 @@ from fastvit import testing
 from fastvit.kernels import stem_statistics
 from fastvit.kernels.blocks import INTERPRETED
 from fastvit.kernels.configs import Config
+from fastvit.kernels.tuned import Kernels
 from fastvit.ops import (
     conv_stem_torch,
     conv_stem_triton,
@@ -45,7 +46,7 @@ _settled: set[tuple[Any, ...]] = set()
 
 
 #: The kernels of a call with their configurations, or the architecture from which these follow.
-_Launch = tuple[tuple[str, Config], ...] | str
+_Launch = Kernels | str
 
 
 class _Problem(NamedTuple):
@@ -79,21 +80,25 @@ def trusted_plan(
     return plan if known else None
 
 
-def trusts_backward(
+def trusted_backward(
     x: Tensor, proj_weight: Tensor, stages: Stages, training: bool, asked: str
-) -> bool:
-    """Whether to run the kernels of the backward for images x.
+) -> Kernels | None:
+    """The kernels of the backward for images x that take configurations of their own, or None if
+    its kernels are not trusted.
 
     Raises:
         RuntimeError: they failed their check, and were ``asked`` for by name.
     """
+    kernels = conv_stem_triton_backward.plan(x, proj_weight, stages, training)
     if not trust.needs_proof(x.device):
-        return True
+        return kernels
     problem = _problem(x, proj_weight, stages, "train" if training else "keep")
-    # Their configurations follow from the architecture and the widths.
-    launch, precision = architecture(x.device), float32_precision()
-    check = functools.partial(_check_backward, precision, problem)
-    return _is_trusted("backward", problem, launch, precision, check, asked)
+    # The other configurations follow from the architecture and the widths.
+    arch, precision = architecture(x.device), float32_precision()
+    launch = (*kernels, (arch, Config())) if kernels else arch
+    check = functools.partial(_check_backward, kernels, precision, problem)
+    known = _is_trusted("backward", problem, launch, precision, check, asked)
+    return kernels if known else None
 
 
 def _problem(x: Tensor, proj_weight: Tensor, stages: Stages, mode: str) -> _Problem:
@@ -229,7 +234,7 @@ def _check_forward(plan: Plan, problem: _Problem) -> Iterator[Agreement]:
         yield from _check_of_many_tiles(device)
 
 
-def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
+def _check_backward(kernels: Kernels, precision: str, problem: _Problem) -> Iterator[Agreement]:
     """Gradients from the raw tensors that PyTorch's forward keeps in the call's dtype."""
     x, tokens, stages = _drawn(problem.raw, problem.widths, problem.strides)
     training, options = problem.mode == "train", (_EPS, *_pixels(problem))
@@ -256,8 +261,9 @@ def _check_backward(precision: str, problem: _Problem) -> Iterator[Agreement]:
         last = (Stages._make([*there, problem.strides]), training, *options, wanted)
         return backward(*first, raw, *last)
 
+    ours = functools.partial(conv_stem_triton_backward.backward, kernels=kernels)
     results = (
-        run(conv_stem_triton_backward.backward, problem.device, problem.dtype),
+        run(ours, problem.device, problem.dtype),
         run(conv_stem_torch.backward, cpu, problem.dtype),
         run(conv_stem_torch.backward, cpu, torch.float64),
     )

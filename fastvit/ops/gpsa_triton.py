@@ -18,6 +18,7 @@ from fastvit.kernels.forward_tile import forward_tile
 from fastvit.kernels.kronecker import kronecker, position_factors
 from fastvit.kernels.position_gradient import factor_gradient, parameter_gradient
 from fastvit.kernels.position_table import position_table
+from fastvit.ops import tuned
 from fastvit.ops.tokens import gradients_like, like_heads, like_packed, unpack_heads
 
 Grid = tuple[int, int]
@@ -52,7 +53,7 @@ def plan(direction: str, q: Tensor, grid_size: Grid | None, dropout: bool = Fals
     arithmetic = precision() if q.dtype == torch.float32 else "half"
     B, H, N, d = q.shape
     problem = configs.Problem(arch, arithmetic, B, H, N, d, grid_size, dropout)
-    return Plan(arch, precision(), getattr(configs, direction)(problem))
+    return Plan(arch, precision(), tuned.attention(direction, problem))
 
 
 def readable(x: Tensor) -> Tensor:

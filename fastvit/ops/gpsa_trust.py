@@ -117,7 +117,9 @@ def code() -> str:
     """The kernels at hand, as keys name them."""
     folder = Path(fastvit.kernels.__file__).parent
     own = [__file__, gpsa_triton.__file__, gpsa_dropout_triton.__file__, testing.__file__]
-    kernels = (file for file in folder.glob("*.py") if not file.name.startswith("stem_"))
+    # Which configuration a call takes stands in its key.
+    others = ("stem_", "tuned")
+    kernels = (file for file in folder.glob("*.py") if not file.name.startswith(others))
     return source_hash(*kernels, *map(Path, own))
 
 

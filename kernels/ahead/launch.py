@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ``bench/resources.py`` comes by the launches that it compiles.
+"""How the launches that are compiled ahead of time are come by.
 
 A launch is taken from the function that launches: its kernel is replaced by a recorder and its
 tensors by fakes, so nothing of what it passes is written down here a second time.
@@ -8,26 +8,31 @@ tensors by fakes, so nothing of what it passes is written down here a second tim
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+#: ``fastvit.kernels``, or ``kernels`` in a clone without fastvit.
+_PACKAGE = __name__.rsplit(".", 2)[0]
 
 
 class Fake:
     """A tensor without memory, as much of one as the launching functions ask for."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        strides: tuple[int, ...] | None = None,
+        zero: bool = False,
+    ):
         if strides is None:
             strides, step = (), 1
             for side in reversed(shape):
                 strides, step = (step, *strides), step * side
         self.shape, self.dtype, self._strides = shape, dtype, strides
+        #: Whether the kernels count on zeros in it.
+        self.zero = zero
 
     def stride(self) -> tuple[int, ...]:
         return self._strides
@@ -42,7 +47,8 @@ class Fake:
     def new_empty(self, *shape: int, dtype: str | None = None) -> Fake:
         return Fake(shape, dtype or self.dtype)
 
-    new_zeros = new_empty
+    def new_zeros(self, *shape: int) -> Fake:
+        return Fake(shape, self.dtype, zero=True)
 
 
 class Launch(NamedTuple):
@@ -64,10 +70,8 @@ class _Recorder:
 
 
 def module(name: str) -> Any:
-    """A module of ``kernels``, from this repository whatever else is installed."""
-    if sys.path[0] != str(ROOT):
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module(f"kernels.{name}")
+    """A module of the kernels."""
+    return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 @contextmanager
