@@ -15,6 +15,8 @@ The two must agree by the numbers rule of :mod:`fastvit.testing` before either i
 ``result``                 what one row yields, minutes per epoch
 ``table``, ``text``        the printed tables and the lines above and below them
 ``report``, ``plot``       ``epoch.json``, ``epoch.md``, ``epoch.svg``
+``pictures``               pictures from plain data, of ``make gpu`` too
+``files``                  files that are whole or not there
 ``machine``                what the figures were measured on
 ``contests``, ``modules``  layers and models against their peers; measured and printed
 =========================  ==========================================================

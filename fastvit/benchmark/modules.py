@@ -21,9 +21,9 @@ from fastvit.benchmark.contests import (
     Entry,
     Run,
 )
+from fastvit.benchmark.files import write_text
 from fastvit.benchmark.machine import Machine
 from fastvit.benchmark.measure import Repeat, repeat_plainly
-from fastvit.benchmark.report import write_text
 from fastvit.benchmark.text import NOTHING, Cell, Column, bullets, render_markdown, render_text
 
 _ROUNDS = 12
