@@ -19,35 +19,11 @@ def epoch_svg(results: Sequence[Result], machine_line: str, *, theme: Theme = LI
     return to_svg(epoch_picture(results, machine_line), theme)
 
 
-def epoch_picture(results: Sequence[Result], machine_line: str, *, dry: bool = False) -> Draw:
+def epoch_picture(results: Sequence[Result], machine_line: str) -> Draw:
     """What draws one variant of minutes per epoch, by model.
 
     Rows without figures are named and say why.
     """
-    rows = [_line(result) for result in results]
+    rows = [epoch.from_row(result.to_dict()) for result in results]
     lines = [machine_line.replace(" | ", " · ")]
-
-    def draw(theme: Theme) -> object:
-        return epoch.draw(rows, lines, theme, dry=dry)
-
-    return draw
-
-
-def _line(result: Result) -> epoch.Line:
-    paper = result.row.paper
-    printed = f"{paper.time_min} min" if paper.time_min else f"{paper.images_per_s} images/s"
-    return epoch.Line(
-        result.row.label,
-        result.minutes_reference,
-        result.minutes_fastvit,
-        paper.time_min,
-        printed,
-        _remark(result),
-        failed=result.status != "ok",
-    )
-
-
-def _remark(result: Result) -> str:
-    if result.status != "ok":
-        return result.status
-    return f"{result.speedup:.2f}x" if result.speedup is not None else "library only"
+    return lambda theme: epoch.draw(rows, lines, theme)

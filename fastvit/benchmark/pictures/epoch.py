@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastvit.benchmark.pictures.theme import (
@@ -39,6 +39,25 @@ class Line(NamedTuple):
     printed: str
     remark: str
     failed: bool = False
+
+
+def from_row(row: Mapping[str, Any]) -> Line:
+    """A row of ``epoch.json``."""
+    paper, speedup = row["paper"], row["speedup"]
+    minutes = paper["time_min"]
+    if row["status"] != "ok":
+        remark = row["status"]
+    else:
+        remark = "library only" if speedup is None else f"{speedup:.2f}x"
+    return Line(
+        f"{row['name']} ({row['matched']})" if row["matched"] else row["name"],
+        row["minutes_reference"],
+        row["minutes_fastvit"],
+        minutes,
+        f"{minutes} min" if minutes else f"{paper['images_per_s']} images/s",
+        remark,
+        failed=row["status"] != "ok",
+    )
 
 
 def epoch_svg(

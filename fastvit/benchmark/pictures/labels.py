@@ -39,6 +39,9 @@ class _Box(NamedTuple):
         area = (self.right - self.left) * (self.top - self.bottom)
         return area - self.overlap(other)
 
+    def wider(self, by: float) -> _Box:
+        return _Box(self.left - by, self.bottom - by, self.right + by, self.top + by)
+
     def nearest(self, point: tuple[float, float]) -> tuple[float, float]:
         """Where a line from a point arrives."""
         x, y = point
@@ -80,8 +83,11 @@ class _Room(NamedTuple):
         cost += 4 * sum(box.overlap(line) for line in self.lines)
         end = box.nearest(point)
         if cost < 1e3 and math.dist(end, point) > _LEADER:
-            leader = _boxes(end, point)
-            cost += 20 * sum(step.overlap(label) for step in leader for label in self.labels)
+            # Of a line to its own point the end lies on it.
+            leader = _boxes(end, point)[:-2]
+            others = [m for m in self.marks if m.overlap(_Box(*point, *point).wider(1)) == 0]
+            crossed = (*self.labels, *others, *self.lines)
+            cost += 10 * sum(step.overlap(other) for step in leader for other in crossed)
         return cost
 
 
@@ -104,7 +110,8 @@ def place(
     taken: list[_Box] = []
     avoided = [box for line in lines for box in _along(axes, *line)]
     inverse = axes.transData.inverted()
-    for label in labels:
+    # Those at the right edge have the least room.
+    for label in sorted(labels, key=lambda label: -label.x):
         x, y = axes.transData.transform((label.x, label.y))
         text = axes.text(
             label.x, label.y, label.text, color=label.colour, fontsize=SMALL, zorder=6,

@@ -96,9 +96,7 @@ def _panel(axes: Any, theme: Theme, panel: Panel, inches: float) -> None:
     axes.set_xlim(0.0, max(1.0, *values) + 1.05)
     axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
     axes.axvline(1.0, color=theme.ink, linewidth=1.0, zorder=1)
-    colours = dict(
-        zip(KINDS, (theme.cited, theme.published, theme.peer, theme.ours), strict=True)
-    )
+    colours = dict(zip(KINDS, (theme.cited, theme.published, theme.peer, theme.ours), strict=True))
     ticks, y = [], 0.0
     for group in panel.groups:
         bars = _bars(panel, group)

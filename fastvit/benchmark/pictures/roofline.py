@@ -99,10 +99,10 @@ def draw(
         marks.append((x, ours))
         labels.append(Label(x, ours, text, theme.ink))
     place(axes, theme, labels, marks, [*pairs, *_roof_lines(axes, roof)])
-    figure.text(
-        0.985, 1 - (top + 0.03) / height, "● fastvit   ○ fastest other way;  1.20x: that many "
-        "times its time", color=theme.muted, fontsize=SMALL, ha="right", va="center",
-    )  # fmt: skip
+    style = {"fontsize": SMALL, "va": "center"}
+    words = "○ fastest other way (1.20x: that many times our time)"
+    figure.text(0.075, 1 - (top + 0.03) / height, "● fastvit", color=theme.ours, **style)
+    figure.text(0.155, 1 - (top + 0.03) / height, words, color=theme.muted, **style)
     return figure
 
 
@@ -136,9 +136,7 @@ def _draw_roof(axes: Any, theme: Theme, roof: Roof) -> list[Label]:
     # Where the slope enters the picture, from the left or from below.
     seen = max(low * 1.3, 1.6 * floor * 1e12 / roof.bandwidth)
     found = [
-        Label(
-            seen, seen * roof.bandwidth / 1e12, f"{roof.bandwidth / 1e12:.3g} TB/s", theme.cited
-        )
+        Label(seen, seen * roof.bandwidth / 1e12, f"{roof.bandwidth / 1e12:.3g} TB/s", theme.cited)
     ]
     for name, rate in roof.rates.items():
         text = f"{rate / 1e12:.3g} TFLOP/s, {name}"

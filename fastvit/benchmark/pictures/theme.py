@@ -22,7 +22,7 @@ _LINE = 0.16
 DRY = "dry run, not a measurement"
 
 
-class NothingToDraw(ValueError):  # noqa: N818, since it is no fault
+class NothingToDraw(ValueError):
     """There is no data for a picture; the message says what is missing, as a sentence."""
 
 
