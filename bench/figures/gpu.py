@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,11 @@ def device_name(records: Records) -> str:
         if machine:
             return machine.get("gpu") or machine.get("cpu") or "unknown"
     return "unknown"
+
+
+def short(device: str) -> str:
+    """The same as it stands beside a bar."""
+    return re.sub(r"\(R\)|^NVIDIA | Processor|, \d+ cores?$", "", device)
 
 
 def pictures(
@@ -106,7 +112,7 @@ def _roofline(
 
 
 def _ratios(records: Records, line: str, dry: bool, theme: Theme) -> Any:
-    where = device_name(records).removeprefix("NVIDIA ")
+    where = short(device_name(records))
     measured = {
         (pair, ours): models.ratios(records, pair, ours=ours)
         for pair in models.PAIRS
@@ -126,8 +132,8 @@ def _ratios(records: Records, line: str, dry: bool, theme: Theme) -> Any:
         panels.append(ratios.Panel(f"{pair}, inference", [*groups, *extra], [*cited, *here]))
     lines = [
         line,
-        "Here: bfloat16, 224 x 224, the largest batch, eager or CUDA graph, both models of the same "
-        "width, depth and heads; fastvit over the fastest of the other family.",
+        "Measured: bfloat16, 224 x 224, the largest batch, eager or CUDA graph, both models of the "
+        "same width, depth and heads; fastvit over the fastest of the other family.",
     ]
     return ratios.draw(panels, lines, theme, dry=dry)
 
@@ -150,25 +156,24 @@ def _scaling(records: Records, timed: Sequence[Pair], line: str, dry: bool, them
             core[N] = pair
     ours = [(N, p.ours["median"] / p.problem.batch) for N, p in core.items()]
     theirs = [(N, p.theirs["median"] / p.problem.batch) for N, p in core.items() if p.theirs]
+    sizes = [case["size"] for case in models.cases(records, models.CONVIT)]
+    size = "small" if "small" in sizes or not sizes else sizes[0]
     panels = [
         scaling.Panel(
             "GPSA core of ConViT-S, forward",
             "tokens N",
             [scaling.Line("fastvit", True, ours), scaling.Line("fastest other way", False, theirs)],
         ),
-        scaling.Panel("ConViT-small, inference", "batch", _lines(records, "batch")),
-        scaling.Panel("ConViT-small, inference", "pixels of a side", _lines(records, "image_size")),
+        scaling.Panel(f"ConViT-{size}, inference", "batch", _lines(records, "batch", size)),
+        scaling.Panel(
+            f"ConViT-{size}, inference", "pixels of a side", _lines(records, "image_size", size)
+        ),
     ]
     lines = [line, "bfloat16; medians; largest batch of each size on the left and on the right"]
     return scaling.draw(panels, lines, theme, dry=dry)
 
 
-def _lines(records: Records, vary: str) -> list[scaling.Line]:
-    size = "small"
-    if not any(case.get("size") == size for case in models.cases(records, models.CONVIT)):
-        sizes = [case["size"] for case in models.cases(records, models.CONVIT)]
-        size = sizes[0] if sizes else size
-
+def _lines(records: Records, vary: str, size: str) -> list[scaling.Line]:
     def timed(name: str, *, ours: bool, family: str) -> scaling.Line:
         def chosen(contender: str) -> bool:
             mine = contender.startswith("fastvit")

@@ -63,7 +63,7 @@ def ratio(case: Case, *, ours: bool) -> float | None:
 
 
 def ratios(records: Records, pair: str, *, ours: bool, mode: str = "inference") -> dict[str, float]:
-    """By size: of the largest batch that was timed, at 224 pixels where that was, eager or graph."""
+    """By size: of the largest batch that was timed, at 224 pixels and eager where there is that."""
     found: dict[str, tuple[tuple[bool, bool, int], float]] = {}
     for case in cases(records, pair, mode):
         value = ratio(case, ours=ours)
@@ -74,7 +74,7 @@ def ratios(records: Records, pair: str, *, ours: bool, mode: str = "inference") 
 
 
 def times(
-    records: Records, vary: str, chosen: Callable[[str], bool], size: str = "small"
+    records: Records, vary: str, chosen: Callable[[str], bool], size: str
 ) -> list[tuple[float, float]]:
     """Seconds of an image in inference of ConViT's pair, of the fastest contender that is chosen.
 

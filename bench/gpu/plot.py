@@ -19,14 +19,14 @@ def write(out: Path, records: dict[str, dict[str, Any]], *, dry: bool) -> str:
     """Draw what there is to draw; the Markdown that shows it, and says why there is no more."""
     # The driver runs where fastvit need not be installed; its pictures need nothing that is built.
     if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
+        sys.path.insert(1, str(ROOT))
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
-        return "No pictures: matplotlib is not installed."
-    from figures import gpu
+        from figures import gpu
 
-    from fastvit.benchmark.pictures import theme
+        from fastvit.benchmark.pictures import theme
+    except ImportError as error:
+        return f"No pictures: {error}."
 
     shown, missing = [], []
     for name, draw in gpu.pictures(records, _epoch_rows(out), dry=dry).items():

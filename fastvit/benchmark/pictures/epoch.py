@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minutes per ImageNet epoch, a line for each model: library, fastvit, and what the papers print."""
+"""Minutes per ImageNet epoch, a line for each model: library, fastvit, and the papers."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def draw(panels: Sequence[Panel], lines: Sequence[str], theme: Theme, *, dry: bo
     tallest = max(_inches(panel) for panel in panels)
     height = tallest + 0.95 + 0.16 * len(wrapped(lines))
     figure = canvas(theme, height)
-    title = "Speed of the idea ÷ speed of the plain model (1.0: for free)"
+    title = "Images/s of one model over those of the other (1.00: the same speed)"
     top = head(figure, theme, title, lines, dry=dry)
     bottom = 0.3
     width = 0.985 / len(panels)

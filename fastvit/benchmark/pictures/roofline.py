@@ -65,7 +65,7 @@ def draw(
         NothingToDraw: there are no points, or no ceilings.
     """
     if not points:
-        raise NothingToDraw("nothing was timed that has a place in it")
+        raise NothingToDraw("no such problem was timed")
     if roof is None or not roof.rates:
         raise NothingToDraw("the ceilings are not known")
     height = 4.9 + 0.16 * len(wrapped(lines))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def draw(panels: Sequence[Panel], lines: Sequence[str], theme: Theme, *, dry: bo
         raise NothingToDraw("no times over tokens, batch or resolution")
     height = 3.4 + 0.16 * len(wrapped(lines))
     figure = canvas(theme, height)
-    top = head(figure, theme, "Time of one image", lines, dry=dry)
+    top = head(figure, theme, "Time of one image, µs", lines, dry=dry)
     width = 0.985 / len(panels)
     for column, panel in enumerate(panels):
         left = 0.015 + column * width
@@ -71,8 +72,6 @@ def draw(panels: Sequence[Panel], lines: Sequence[str], theme: Theme, *, dry: bo
             weight="bold", va="center",
         )  # fmt: skip
         axes.set_xlabel(panel.axis, color=theme.ink, fontsize=SMALL)
-        if column == 0:
-            axes.set_ylabel("µs", color=theme.ink, fontsize=SMALL, labelpad=1)
         _panel(axes, theme, panel)
     return figure
 
@@ -111,5 +110,5 @@ def _panel(axes: Any, theme: Theme, panel: Panel) -> None:
         x, y = points[-1]
         labels.append(Label(x, y, line.name, theme.ours if line.ours else theme.ink))
         marks += points
-        drawn += list(zip(points, points[1:], strict=False))
+        drawn += itertools.pairwise(points)
     place(axes, theme, labels, marks, drawn)

@@ -82,7 +82,7 @@ def canvas(theme: Theme, height: float) -> Any:
 
 def wrapped(lines: Sequence[str]) -> list[str]:
     """Lines as they fit under a title."""
-    return [part for line in lines for part in textwrap.wrap(line, 138)]
+    return [part for line in lines for part in textwrap.wrap(line, 160)]
 
 
 def head(figure: Any, theme: Theme, title: str, lines: Sequence[str], *, dry: bool) -> float:
