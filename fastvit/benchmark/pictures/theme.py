@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvit.benchmark.files import write_text
+
 #: Inches; a README shows about 830 pixels.
 WIDTH = 8.3
 #: Points. At 830 pixels for the width, 7 points are 9.7 pixels: nothing is smaller.
@@ -153,8 +155,6 @@ def variants(name: str, draw: Draw) -> dict[str, str]:
 
 def write(folder: Path, name: str, draw: Draw) -> list[Path]:
     """Both variants as files; their paths."""
-    from fastvit.benchmark.files import write_text
-
     return [write_text(folder / file, text) for file, text in variants(name, draw).items()]
 
 
