@@ -23,6 +23,7 @@ _WHOSE = {"ConViT-small": "timm's", "ViT_C-4GF": "torchvision's"}
 def blocks(root: Path, base: Path) -> dict[str, Callable[[], str]]:
     """What makes each block, by name, for a document in the folder ``base``."""
     return {
+        "processor": lambda: results(root, _MODULES)[0].processor,
         "processors": lambda: _processors(root),
         "modules": lambda: _modules(root, base),
         "modules elsewhere": lambda: _elsewhere(root, base),
