@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 
 from fastvit.benchmark.pictures.theme import SMALL, Theme
 
-#: Pixels: how far a point reaches, how far labels keep from each other, where a line is drawn.
-_POINT, _APART, _LEADER = 6.0, 3.0, 18.0
+#: Pixels: how far a point reaches, how far labels keep from each other, where a line is drawn, and
+#: how far apart the boxes lie that stand for a line.
+_POINT, _APART, _LEADER, _STEP = 6.0, 3.0, 18.0, 4.0
+
+Pixel = tuple[float, float]
+#: Left, bottom, right, top in pixels.
+Box = tuple[float, float, float, float]
 
 
 class Label(NamedTuple):
@@ -20,75 +25,6 @@ class Label(NamedTuple):
     y: float
     text: str
     colour: str
-
-
-class _Box(NamedTuple):
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    def overlap(self, other: _Box) -> float:
-        """Square pixels in common."""
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.top, other.top) - max(self.bottom, other.bottom)
-        return max(width, 0.0) * max(height, 0.0)
-
-    def outside(self, other: _Box) -> float:
-        """Square pixels that do not lie in the other."""
-        area = (self.right - self.left) * (self.top - self.bottom)
-        return area - self.overlap(other)
-
-    def wider(self, by: float) -> _Box:
-        return _Box(self.left - by, self.bottom - by, self.right + by, self.top + by)
-
-    def nearest(self, point: tuple[float, float]) -> tuple[float, float]:
-        """Where a line from a point arrives."""
-        x, y = point
-        return min(max(x, self.left), self.right), min(max(y, self.bottom), self.top)
-
-
-class _Room(NamedTuple):
-    """What is there already."""
-
-    frame: _Box
-    marks: Sequence[_Box]
-    labels: Sequence[_Box]
-    lines: Sequence[_Box]
-
-    def best(self, point: tuple[float, float], size: tuple[float, float]) -> _Box:
-        """The place of least cost for a label, among rings around its point."""
-        width, height = (length + 2 * _APART for length in size)
-        least, best = math.inf, self.frame
-        for ring in range(26):
-            gap = 8.0 + 9.0 * ring
-            # Nothing farther away costs less.
-            if gap > least:
-                break
-            for turn in range(24):
-                angle = 2 * math.pi * turn / 24
-                x = point[0] + math.cos(angle) * (gap + width / 2)
-                y = point[1] + math.sin(angle) * (gap + height / 2)
-                box = _Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-                # To the right and above reads best.
-                cost = gap + (math.cos(angle) < 0) / 2 + (math.sin(angle) < 0) / 4
-                cost += self._cost(box, point)
-                if cost < least:
-                    least, best = cost, box
-        return best
-
-    def _cost(self, box: _Box, point: tuple[float, float]) -> float:
-        cost = 100 * box.outside(self.frame)
-        cost += 100 * sum(box.overlap(other) for other in (*self.marks, *self.labels))
-        cost += 4 * sum(box.overlap(line) for line in self.lines)
-        end = box.nearest(point)
-        if cost < 1e3 and math.dist(end, point) > _LEADER:
-            # Of a line to its own point the end lies on it.
-            leader = _boxes(end, point)[:-2]
-            others = [m for m in self.marks if m.overlap(_Box(*point, *point).wider(1)) == 0]
-            crossed = (*self.labels, *others, *self.lines)
-            cost += 10 * sum(step.overlap(other) for step in leader for other in crossed)
-        return cost
 
 
 def place(
@@ -104,41 +40,111 @@ def place(
     renderer = axes.figure.canvas.get_renderer()
     # The limits of the axes must stand before pixels mean anything.
     axes.figure.draw_without_rendering()
-    frame = _Box(*axes.get_window_extent(renderer).extents)
-    pixels = [tuple(axes.transData.transform(point)) for point in points]
-    marks = [_Box(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in pixels]
-    taken: list[_Box] = []
-    avoided = [box for line in lines for box in _along(axes, *line)]
-    inverse = axes.transData.inverted()
+    to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
+    room = _Room(axes.get_window_extent(renderer).extents, [to_pixels(p) for p in points])
+    for start, end in lines:
+        room.lines += _steps(to_pixels(start), to_pixels(end))
     # Those at the right edge have the least room.
     for label in sorted(labels, key=lambda label: -label.x):
-        x, y = axes.transData.transform((label.x, label.y))
+        point = tuple(to_pixels((label.x, label.y)))
         text = axes.text(
             label.x, label.y, label.text, color=label.colour, fontsize=SMALL, zorder=6,
             ha="center", va="center",
         )  # fmt: skip
         extent = text.get_window_extent(renderer)
-        room = _Room(frame, marks, taken, avoided)
-        box = room.best((x, y), (extent.width, extent.height))
-        centre = ((box.left + box.right) / 2, (box.bottom + box.top) / 2)
-        text.set_position(inverse.transform(centre))
-        taken.append(box)
-        end = box.nearest((x, y))
-        if math.dist(end, (x, y)) > _LEADER:
-            (a, b), (c, d) = inverse.transform(end), (label.x, label.y)
+        box = room.best(point, extent.width + 2 * _APART, extent.height + 2 * _APART)
+        text.set_position(to_data(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)))
+        room.labels.append(box)
+        end = _nearest(box, point)
+        if math.dist(end, point) > _LEADER:
+            (a, b), (c, d) = to_data(end), (label.x, label.y)
             axes.plot([a, c], [b, d], color=theme.muted, linewidth=0.6, zorder=2)
-            avoided += _boxes(end, (x, y))
+            room.lines += _steps(end, point)
 
 
-def _along(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> list[_Box]:
-    return _boxes(*(tuple(axes.transData.transform(point)) for point in (start, end)))
+class _Room:
+    """What is in the axes already."""
+
+    def __init__(self, frame: Box, points: Sequence[Pixel]) -> None:
+        self.frame: Box = tuple(frame)  # type: ignore[assignment]
+        self.marks: list[Box] = [
+            (x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in points
+        ]
+        self.labels: list[Box] = []
+        self.lines: list[Box] = []
+
+    def best(self, point: Pixel, width: float, height: float) -> Box:
+        """The place of least cost for a label, among rings around its point."""
+        least, best = math.inf, self.frame
+        for ring in range(26):
+            gap = 8.0 + 9.0 * ring
+            # Nothing farther away costs less.
+            if gap > least:
+                break
+            for turn in range(24):
+                angle = 2 * math.pi * turn / 24
+                x = point[0] + math.cos(angle) * (gap + width / 2)
+                y = point[1] + math.sin(angle) * (gap + height / 2)
+                box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+                # To the right and above reads best.
+                cost = gap + (math.cos(angle) < 0) / 2 + (math.sin(angle) < 0) / 4
+                cost += self._covered(box)
+                if cost < least:
+                    cost += self._crossed(box, point)
+                if cost < least:
+                    least, best = cost, box
+        return best
+
+    def _covered(self, box: Box) -> float:
+        outside = _width(box) * _height(box) - _common([box], [self.frame])
+        return (
+            100 * (outside + _common([box], self.marks) + _common([box], self.labels))
+            + 4 * _common([box], self.lines)
+        )  # fmt: skip
+
+    def _crossed(self, box: Box, point: Pixel) -> float:
+        """What the line to a label would cross."""
+        end = _nearest(box, point)
+        if math.dist(end, point) <= _LEADER:
+            return 0.0
+        own = [(point[0] - 1, point[1] - 1, point[0] + 1, point[1] + 1)]
+        others = [mark for mark in self.marks if not _common([mark], own)]
+        # At its own point it meets that point's lines.
+        leader = _steps(end, point)[:-2]
+        return 10 * _common(leader, [*self.labels, *others, *self.lines])
 
 
-def _boxes(start: tuple[float, ...], end: tuple[float, ...]) -> list[_Box]:
+def _width(box: Box) -> float:
+    return box[2] - box[0]
+
+
+def _height(box: Box) -> float:
+    return box[3] - box[1]
+
+
+def _nearest(box: Box, point: Pixel) -> Pixel:
+    """Where a line from a point arrives at a box."""
+    x, y = point
+    return min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+
+
+def _steps(start: Pixel, end: Pixel) -> list[Box]:
     """A line as small boxes."""
-    steps = max(int(math.dist(start, end) / 4), 1)
+    count = max(int(math.dist(start, end) / _STEP), 1)
     found = []
-    for i in range(steps + 1):
-        x, y = (a + (b - a) * i / steps for a, b in zip(start, end, strict=True))
-        found.append(_Box(x - 1, y - 1, x + 1, y + 1))
+    for i in range(count + 1):
+        x, y = (a + (b - a) * i / count for a, b in zip(start, end, strict=True))
+        found.append((x - 1, y - 1, x + 1, y + 1))
     return found
+
+
+def _common(some: Sequence[Box], others: Sequence[Box]) -> float:
+    """Square pixels that boxes of one kind have in common with those of another, summed."""
+    # There where matplotlib is.
+    import numpy
+
+    if not some or not others:
+        return 0.0
+    a, b = numpy.array(some)[:, None], numpy.array(others)[None]
+    size = numpy.minimum(a[..., 2:], b[..., 2:]) - numpy.maximum(a[..., :2], b[..., :2])
+    return float(numpy.prod(numpy.maximum(size, 0.0), axis=-1).sum())
