@@ -249,6 +249,14 @@ class TestNewResults:
         picture = (checkout / "docs" / "pictures" / "epoch.svg").read_text("utf-8")
         assert "<!-- Intel Xeon with AMX, 2 cores" in picture
 
+    def test_those_of_a_gpu_come_before_them(self, performance, checkout):
+        target = gpu_run(checkout) / "epoch.json"
+        shutil.copy(checkout / RESULTS / EPOCH, target)
+        edit(target, lambda data: data["machine"].update(gpu="NVIDIA H999"))
+        text = performance.maker(checkout, "README.md")("epoch")
+        assert text.startswith("*NVIDIA H999 · ")
+        assert " · `make gpu` · samples: [epoch.json](bench/results/nvidia-h999/2026" in text
+
     def test_accelerated_models_measured_with_the_others_supersede(self, performance, checkout):
         older = checkout / RESULTS / "intel-xeon-amx-2-cores" / "accelerated" / "modules.json"
         contests = json.loads(older.read_text("utf-8"))["contests"]
@@ -291,14 +299,14 @@ class TestBlocks:
                     contest["seconds"]["fastvit"] = [1.0, 2.0]
                     contest["seconds"]["library"] = [5.0, 4.0]
                     contest["peak_bytes"] = {"fastvit": 1, "library": 4}
-            data["contests"][0]["seconds"]["library"] = [3.0]
+            data["contests"][0]["seconds"]["library"] = [6.0]
 
         edit(checkout / RESULTS / MODULES, times)
         make = performance.maker(checkout, "README.md")
-        assert make("speed-up/first/GPSA S forward/float32/8") == "3.00x"
-        assert make("speed-up/first/GPSA S forward*/*/8") == "3.00x to 4.00x"
+        assert make("speed-up/first/GPSA S forward/float32/8") == "6.00x"
+        assert make("speed-up/first/GPSA S forward*/*/8") == "4.00x to 6.00x"
         assert make("memory/first/GPSA S forward*/*/8") == "0.25"
-        assert make("library ms/first/GPSA S forward/float32/8") == "3,000.00"
+        assert make("library ms/first/GPSA S forward/float32/8") == "6,000.00"
 
     def test_what_timm_publishes_is_cited_with_its_file(self, bench):
         cited = bench("figures.cited")

@@ -31,7 +31,8 @@ def pictures(root: Path) -> dict[str, Draw]:
         rows = _rows(run)
         for name, draw in gpu.pictures(run.data, rows, dry=False).items():
             found[f"{run.path.parent.name}-{name}"] = draw
-            if (name == "epoch" and rows) or (name == "ratios" and "models" in run.data):
+            # Epochs are found beside the processors'.
+            if name == "ratios" and "models" in run.data:
                 found[name] = draw
     return found
 

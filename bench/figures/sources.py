@@ -46,7 +46,9 @@ class Source:
 
     @property
     def processor(self) -> str:
-        """Name of the processor with what its folder knows of it."""
+        """Name of the GPU, or of the processor with what its folder knows of it."""
+        if self.data["machine"].get("gpu"):
+            return self.data["machine"]["gpu"]
         cpu, _, cores = self.data["machine"]["cpu"].partition(",")
         cpu = cpu.replace("(R)", "").replace(" Processor", "")
         return f"{cpu}{PROCESSORS.get(self.folder, '')},{cores}"
@@ -65,11 +67,16 @@ class Source:
         """Machine, versions, commit, dtype and command in a line of italics, for a document in the
         folder ``base``; below it, if the sources have changed, a sentence.
         """
-        threads = self.data["machine"]["threads"]
+        machine = self.data["machine"]
+        where = (
+            self.processor
+            if machine.get("gpu")
+            else f"{self.processor}, {machine['threads']} threads"
+        )
         versions = ", ".join(f"{name} {v}" for name, v in self.data["versions"].items())
-        command = command or COMMANDS[self.path.name]
+        command = "make gpu" if machine.get("gpu") else command or COMMANDS[self.path.name]
         parts = [
-            f"{self.processor}, {threads} threads",
+            where,
             versions,
             dtype,
             f"commit {self.data['commit'] or 'none'}",
@@ -108,11 +115,14 @@ def _fingerprint(data: dict[str, Any]) -> dict[str, str]:
 
 
 def results(root: Path, name: str) -> list[Source]:
-    """The file of that name of every processor that has one, in the order of the processors."""
+    """The file of that name of every machine that has one: the newest run of each GPU, then the
+    processors in their order.
+    """
     folder = root / "bench" / "results"
     known = [folder / processor for processor in PROCESSORS]
     others = sorted(path for path in folder.iterdir() if path.is_dir() and path not in known)
-    paths = [path / name for path in (*known, *others)]
+    runs = [run.path for run in gpu_runs(root)]
+    paths = [path / name for path in (*runs, *known, *others)]
     return [_source(path, root) for path in paths if path.is_file()]
 
 

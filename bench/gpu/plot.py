@@ -18,8 +18,7 @@ _drawn: dict[Path, str] = {}
 def write(out: Path, records: dict[str, dict[str, Any]], *, dry: bool) -> str:
     """Draw what there is to draw; the Markdown that shows it, and says why there is no more."""
     # The driver runs where fastvit need not be installed; its pictures need nothing that is built.
-    if str(ROOT) not in sys.path:
-        sys.path.insert(1, str(ROOT))
+    sys.path.insert(1, str(ROOT))
     try:
         import matplotlib  # noqa: F401
         from figures import gpu
@@ -27,6 +26,9 @@ def write(out: Path, records: dict[str, dict[str, Any]], *, dry: bool) -> str:
         from fastvit.benchmark.pictures import theme
     except ImportError as error:
         return f"No pictures: {error}."
+    finally:
+        # Its `kernels` and others would be top-level names.
+        sys.path.remove(str(ROOT))
 
     shown, missing = [], []
     for name, draw in gpu.pictures(records, _epoch_rows(out), dry=dry).items():

@@ -98,7 +98,9 @@ def _panel(axes: Any, theme: Theme, panel: Panel) -> None:
     plain_numbers(axes.yaxis)
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.set_xticks([], minor=True)
-    labels, marks, drawn = [], [], []
+    labels: list[Label] = []
+    marks: list[tuple[float, float]] = []
+    drawn: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for line in found:
         points = [(x, 1e6 * y) for x, y in sorted(line.points)]
         colour = theme.ours if line.ours else theme.peer
