@@ -15,6 +15,6 @@
 ``documents``   blocks in documents: found, filled, compared
 ==============  =========================================================================
 
-The first three and ``cited`` import neither torch nor anything that has to be built: the driver of ``make gpu``,
-which outlives all that fails, uses them.
+The first three and ``cited`` import neither torch nor anything that has to be built: the driver of
+``make gpu``, which outlives all that fails, uses them.
 """

@@ -37,11 +37,19 @@ STAGES = (
 
 BY_NAME = {stage.name: stage for stage in STAGES}
 
+#: Pictures, each light and dark.
+PICTURES = (
+    *(f"roofline_{op}" for op in ("gpsa_core", "gpsa_module", "patch_embed", "conv_stem")),
+    "ratios",
+    "scaling",
+    "epoch",
+)
+
 #: All that a run leaves, in one folder.
 FILES = (
     *dict.fromkeys(stage.file for stage in STAGES),
     "verified.json",
     "stem_choices.json",
     "summary.md",
-    "summary.svg",
+    *(f"{name}{variant}.svg" for name in PICTURES for variant in ("", "-dark")),
 )
