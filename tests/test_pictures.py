@@ -89,6 +89,9 @@ def draws():
         "epoch": lambda t, dry=False: epoch.draw(
             [epoch.from_row(row) for row in rows()], [LINE], t, dry=dry
         ),
+        "epoch of one": lambda t, dry=False: epoch.draw(
+            [epoch.from_row(rows()[1])], [LINE], t, dry=dry
+        ),
         "epoch near": lambda t, dry=False: epoch.draw(
             [epoch.from_row(row) for row in on_a_gpu()], [LINE], t, dry=dry
         ),

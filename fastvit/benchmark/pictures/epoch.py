@@ -80,14 +80,14 @@ def draw(rows: Sequence[Line], lines: Sequence[str], theme: Theme, *, dry: bool 
     """
     if not rows:
         raise NothingToDraw("no row of the papers' tables was measured")
-    height = 0.95 + 0.16 * len(wrapped(lines)) + _LINE * len(rows)
+    height = 1.05 + 0.16 * len(wrapped(lines)) + _LINE * len(rows)
     figure = canvas(theme, height)
     top = head(figure, theme, "Minutes per ImageNet epoch", lines, dry=dry) + 0.2
     measured = [m for row in rows for m in (row.library, row.fastvit) if m is not None]
     papers = [row.paper for row in rows if row.paper is not None]
     apart = bool(measured and papers) and not _near(measured, papers)
     split = _LEFT + 0.3 * (_RIGHT - _LEFT) if apart else _LEFT
-    box = (0.42 / height, 1 - (top + 0.42) / height)
+    box = (0.42 / height, 1 - (top + 0.52) / height)
     axes = figure.add_axes((split, box[0], _RIGHT - split, box[1]))
     beside = figure.add_axes((_LEFT, box[0], split - _LEFT - 0.02, box[1])) if apart else axes
     for each in {id(a): a for a in (axes, beside)}.values():
