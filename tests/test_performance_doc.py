@@ -20,7 +20,12 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results"
 MODULES = "intel-xeon-amx-2-cores/modules.json"
-EPOCH = "amd-epyc-2-cores/epoch.json"
+# That of the first processor that has one.
+EPOCH = next(
+    name
+    for name in ("intel-xeon-amx-2-cores/epoch.json", "amd-epyc-2-cores/epoch.json")
+    if (ROOT / RESULTS / name).is_file()
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +59,11 @@ def edit(path, change):
     path.write_text(json.dumps(data), "utf-8")
 
 
-def replaced(path, old, new):
-    text = path.read_text("utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), "utf-8")
+def replaced(path, pattern, new):
+    """Put other text in the first place that fits."""
+    text, count = re.subn(pattern, new, path.read_text("utf-8"), count=1)
+    assert count == 1
+    path.write_text(text, "utf-8")
 
 
 def gpu_run(root, **more):
@@ -82,31 +88,31 @@ class TestAgreement:
     def test_a_doctored_row_is_caught_with_both_lines(self, performance, checkout):
         path = checkout / "docs" / "performance.md"
         row = next(line for line in path.read_text("utf-8").splitlines() if "| GPSA S f" in line)
-        replaced(path, row, row.replace("x", "9x", 1))
+        replaced(path, re.escape(row), row.replace("x", "9x", 1))
         (found,) = performance.check(checkout)
         assert found.startswith("docs/performance.md, block modules:")
         assert f"+{row}" in found.splitlines()
 
     def test_a_doctored_figure_in_a_sentence_is_caught(self, performance, checkout):
-        replaced(checkout / "README.md", "-->1.02x to 1.15x<!--", "-->1.52x to 1.95x<!--")
+        replaced(checkout / "README.md", r"(/ConViT-\* -->)[^<]*", r"\g<1>9.99x")
         (found,) = performance.check(checkout)
         assert found.startswith("README.md, block epoch speed-up/first/ConViT-*:")
 
     def test_a_doctored_machine_is_caught(self, performance, checkout):
-        replaced(checkout / "README.md", "*AMD EPYC, 2 cores, 2 threads", "*H200")
+        replaced(checkout / "README.md", r"\n\*[^*\n]* threads · ", "\n*H200 · ")
         (found,) = performance.check(checkout)
         assert "block epoch:" in found
 
     def test_a_doctored_picture_is_caught(self, performance, checkout):
-        replaced(checkout / "docs/pictures/ratios.svg", "<!-- 0.66 fastvit", "<!-- 0.99 fastvit")
+        replaced(checkout / "docs/pictures/ratios.svg", r"<!-- [\d.]+ fastvit", "<!-- 9.99 fastvit")
         assert performance.check(checkout) == [
             "docs/pictures/ratios.svg is not what the results give"
         ]
 
     def test_writing_mends_all_of_it(self, performance, checkout):
         expected = {n: (checkout / n).read_text("utf-8") for n in performance.DOCUMENTS}
-        replaced(checkout / "README.md", "4,556", "4,000")
-        replaced(checkout / "docs" / "performance.md", "-->0.90x to", "-->0.99x to")
+        replaced(checkout / "README.md", r"\| DeiT-S \| 4.61", "| DeiT-S | 4.62")
+        replaced(checkout / "docs" / "performance.md", r"(/\*/1 -->)[^<]*", r"\g<1>9.99x")
         (checkout / "docs/pictures/epoch-dark.svg").unlink()
         assert len(performance.check(checkout)) == 3
         performance.write(checkout)
@@ -231,7 +237,7 @@ class TestNewResults:
         assert (folder / "nvidia-h999-roofline_gpsa_core-dark.svg").is_file()
         assert "<!-- 0.99 fastvit, H999 -->" in (folder / "ratios.svg").read_text("utf-8")
         # It has no epochs: the processor's stay.
-        assert "AMD EPYC" in (folder / "epoch.svg").read_text("utf-8")
+        assert "H999" not in (folder / "epoch.svg").read_text("utf-8")
         assert performance.check(checkout) == []
 
     def test_a_dry_run_is_no_measurement(self, performance, checkout):
@@ -240,7 +246,8 @@ class TestNewResults:
 
     def test_epochs_of_the_first_processor_are_taken_when_they_come(self, performance, checkout):
         target = checkout / RESULTS / "intel-xeon-amx-2-cores" / "epoch.json"
-        shutil.copy(checkout / RESULTS / EPOCH, target)
+        if str(target.relative_to(checkout / RESULTS)) != EPOCH:
+            shutil.copy(checkout / RESULTS / EPOCH, target)
         edit(target, lambda data: data["machine"].update(cpu="Intel(R) Xeon(R) Processor, 2 cores"))
         text = performance.maker(checkout, "README.md")("epoch")
         assert text.startswith("*Intel Xeon with AMX, 2 cores, 2 threads")
@@ -261,6 +268,12 @@ class TestNewResults:
         older = checkout / RESULTS / "intel-xeon-amx-2-cores" / "accelerated" / "modules.json"
         contests = json.loads(older.read_text("utf-8"))["contests"]
         make = performance.maker(checkout, "README.md")
+
+        def without(data):
+            found = data["contests"]
+            data["contests"] = [c for c in found if not c["name"].endswith("accelerated")]
+
+        edit(checkout / RESULTS / MODULES, without)
         assert "accelerated/modules.json" in make("accelerated")
         edit(checkout / RESULTS / MODULES, lambda data: data["contests"].extend(contests))
         assert "accelerated/modules.json" not in make("accelerated")
