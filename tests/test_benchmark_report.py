@@ -12,7 +12,6 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
-from fastvit.benchmark import report as report_module
 from fastvit.benchmark.machine import Machine, this_machine
 from fastvit.benchmark.report import Run, markdown_report, text_report, write_json, write_report
 from fastvit.benchmark.result import Result, Samples, minutes_per_epoch
@@ -241,10 +240,11 @@ class TestFiles:
         assert "NaN" not in text
         assert json.loads(text)["rows"][1]["agreement"][0]["error"] is None
 
-    def test_the_three_files(self, run, tmp_path):
+    def test_the_files(self, run, tmp_path):
         written = write_report(run, tmp_path / "new" / "folder")
-        assert [path.name for path in written] == ["epoch.json", "epoch.md", "epoch.svg"]
-        assert sorted(os.listdir(tmp_path / "new" / "folder")) == [path.name for path in written]
+        names = ["epoch.json", "epoch.md", "epoch.svg", "epoch-dark.svg"]
+        assert [path.name for path in written] == names
+        assert sorted(os.listdir(tmp_path / "new" / "folder")) == sorted(names)
         assert written[1].read_text("utf-8") == markdown_report(run)
         assert EPOCH_MARKDOWN in written[1].read_text("utf-8")
 
@@ -254,7 +254,7 @@ class TestFiles:
         def broken(*_):
             raise OSError("disk full")
 
-        monkeypatch.setattr(report_module.os, "replace", broken)
+        monkeypatch.setattr(os, "replace", broken)
         run.results.pop()
         with pytest.raises(OSError, match="disk full"):
             write_json(run, tmp_path)

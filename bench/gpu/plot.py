@@ -1,48 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""summary.svg: how near each core comes to its floor, beside the fastest plain attention."""
+"""The pictures of a run: those that it has data for, light and dark."""
 
 from __future__ import annotations
 
-import io
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-_OURS, _PEER = "#0969da", "#8c959f"
+ROOT = Path(__file__).resolve().parents[2]
+
+#: What stood in a picture when it was drawn, by path. The report is written after every stage, and
+#: drawing takes seconds of the GPU's time.
+_drawn: dict[Path, str] = {}
 
 
 def write(out: Path, records: dict[str, dict[str, Any]], *, dry: bool) -> str:
-    """Draw it if there is something to draw; the line of Markdown that shows it or says why not."""
-    cases = [
-        case
-        for case in records.get("kernels", {}).get("cases", [])
-        if case["what"] == "core" and "share" in case["contenders"]["fastvit"]
-    ]
-    if not cases:
-        return "No picture: no core was timed against known ceilings."
+    """Draw what there is to draw; the Markdown that shows it, and says why there is no more."""
+    # The driver runs where fastvit need not be installed; its pictures need nothing that is built.
+    sys.path.insert(1, str(ROOT))
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "No picture: matplotlib is not installed."
-    figure = Figure(figsize=(8.3, 1.2 + 0.25 * len(cases)), facecolor="white", layout="tight")
-    axes = figure.add_subplot()
-    for y, case in enumerate(cases):
-        found = case["contenders"]
-        peers = [t for n, t in found.items() if n != "fastvit" and "share" in t]
-        axes.plot(100 * found["fastvit"]["share"], y, "o", color=_OURS)
-        if peers:
-            axes.plot(100 * max(t["share"] for t in peers), y, "o", color=_PEER, fillstyle="none")
-    axes.set_yticks(range(len(cases)), [_label(case) for case in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.grid(axis="x", color="#d8dee4")
-    title = "% of the floor's speed: fastvit (filled), fastest plain attention (hollow)"
-    axes.set_title(f"dry run, not a measurement: {title}" if dry else title, fontsize=9)
-    content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    (out / "summary.svg").write_text(content.getvalue(), "utf-8")
-    return "![Share of the floor](summary.svg)"
+        import matplotlib  # noqa: F401
+        from figures import gpu
+
+        from fastvit.benchmark.pictures import theme
+    except ImportError as error:
+        return f"No pictures: {error}."
+    finally:
+        # Its `kernels` and others would be top-level names.
+        sys.path.remove(str(ROOT))
+
+    shown, missing = [], []
+    for name, draw in gpu.pictures(records, _epoch_rows(out), dry=dry).items():
+        path, data = out / f"{name}.svg", gpu.data_of(draw)
+        try:
+            if _drawn.get(path) != data or not path.exists():
+                theme.write(out, name, draw)
+                _drawn[path] = data
+            shown.append(theme.shown(name, name.replace("_", " ")))
+        except theme.NothingToDraw as reason:
+            missing.append(f"- {name}: {reason}")
+        # One that fails must not take the others along.
+        except Exception as error:
+            missing.append(f"- {name}: {type(error).__name__}: {error}")
+    if missing:
+        shown.append("No picture:\n\n" + "\n".join(missing))
+    return "\n\n".join(shown)
 
 
-def _label(case: dict[str, Any]) -> str:
-    shape = case["shape"]
-    return f"{shape['label']} N={shape['N']} B={shape['B']} {case['mode']}"
+def _epoch_rows(out: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads((out / "epoch.json").read_text("utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return []

@@ -75,6 +75,14 @@ def chosen(names: Iterable[str] | None, *, dry: bool) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in wanted]
 
 
+#: Pictures, each light and dark.
+PICTURES = (
+    *(f"roofline_{op}" for op in ("gpsa_core", "gpsa_module", "patch_embed", "conv_stem")),
+    "ratios",
+    "scaling",
+    "epoch",
+)
+
 #: All that a run leaves, in one folder.
 FILES = (
     *dict.fromkeys(stage.file for stage in STAGES),
@@ -82,8 +90,7 @@ FILES = (
     "stem_choices.json",
     "epoch.json",
     "epoch.md",
-    "epoch.svg",
     "tuned.json",
     "summary.md",
-    "summary.svg",
+    *(f"{name}{variant}.svg" for name in PICTURES for variant in ("", "-dark")),
 )

@@ -19,7 +19,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-_LINK = re.compile(r"(\]\()([^)\s#:]+)")
+# Of Markdown, and of the HTML of pictures that have a dark variant.
+_LINK = re.compile(r"(\]\(|\bsrc(?:set)?=\")([^)\s#:\"]+)")
 
 
 def _target(source: Path, link: str) -> Path | None:

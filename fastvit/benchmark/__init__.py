@@ -16,6 +16,8 @@ and the tests share:
 ``result``                 what one row yields, minutes per epoch
 ``table``, ``text``        the printed tables and the lines above and below them
 ``report``, ``plot``       ``epoch.json``, ``epoch.md``, ``epoch.svg``
+``pictures``               pictures from plain data, of ``make gpu`` too
+``files``                  files that are whole or not there
 ``machine``                what the figures were measured on
 ``contests``, ``modules``  layers and models against their peers; measured and printed
 ``options``, ``session``   what can be asked of a run, and the run

@@ -21,9 +21,10 @@ from fastvit.benchmark.contests import (
     Entry,
     Run,
 )
+from fastvit.benchmark.files import write_text
 from fastvit.benchmark.machine import Machine
 from fastvit.benchmark.measure import Repeat, repeat_plainly
-from fastvit.benchmark.report import now, write_text
+from fastvit.benchmark.report import now
 from fastvit.benchmark.text import NOTHING, Cell, Column, bullets, render_markdown, render_text
 
 _ROUNDS = 12

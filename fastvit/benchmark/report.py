@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``epoch.json``, ``epoch.md`` and ``epoch.svg``: a run as files."""
+"""``epoch.json``, ``epoch.md`` and ``epoch.svg`` with its dark variant: a run as files."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvit.benchmark.files import write_text
 from fastvit.benchmark.machine import Machine
-from fastvit.benchmark.plot import epoch_svg
+from fastvit.benchmark.pictures import theme
+from fastvit.benchmark.plot import epoch_picture
 from fastvit.benchmark.result import FORMULA, IMAGES_PER_EPOCH, Result
 from fastvit.benchmark.table import (
     CITATION_NOTE,
@@ -68,7 +68,7 @@ def markdown_report(run: Run) -> str:
     parts = [
         "# Minutes per ImageNet epoch",
         run.machine.line(run.dtype).replace("|", "·"),
-        "![Minutes per ImageNet epoch, library and fastvit](epoch.svg)",
+        theme.shown("epoch", "Minutes per ImageNet epoch, library, fastvit and the papers"),
         epoch_table(run.results, markdown=True),
         "\n".join(f"- {note}" for note in said),
         "## Inference",
@@ -83,18 +83,18 @@ def markdown_report(run: Run) -> str:
 
 
 def write_report(run: Run, folder: Path) -> list[Path]:
-    """Write the three files into ``folder``, each whole or not at all, and return their paths.
+    """Write the four files into ``folder``, each whole or not at all, and return their paths.
 
     Raises:
-        ImportError: matplotlib is not installed; the other two files are written before that.
+        ImportError: matplotlib is not installed; tables and samples are written before that.
         OSError: the folder cannot be made or written.
     """
     written = [
         write_json(run, folder),
         write_text(folder / "epoch.md", markdown_report(run)),
-        write_text(folder / "epoch.svg", epoch_svg(run.results, run.machine.line(run.dtype))),
     ]
-    return written
+    picture = epoch_picture(run.results, run.machine.line(run.dtype))
+    return written + theme.write(folder, "epoch", picture)
 
 
 def write_json(run: Run, folder: Path) -> Path:
@@ -106,24 +106,6 @@ def write_json(run: Run, folder: Path) -> Path:
 def now() -> str:
     """The date and time of a report."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def write_text(path: Path, content: str) -> Path:
-    """Write through a temporary file beside ``path``, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        # mkstemp makes files that only their owner reads.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
 
 
 def _finite(value: Any) -> Any:
