@@ -49,7 +49,8 @@ def test_rows_are_measured_printed_and_written(tiny_rows, tmp_path, capsys):
     assert [row["status"] for row in content["rows"]] == ["ok", "ok"]
     # The commit is that of the package, not of the folder that one happens to stand in.
     assert content["commit"] == (_native.load().build_info()["commit"] or None)
-    assert {path.name for path in out.iterdir()} == {"epoch.json", "epoch.md", "epoch.svg"}
+    written = {path.name for path in out.iterdir()}
+    assert written == {"epoch.json", "epoch.md", "epoch.svg", "epoch-dark.svg"}
     # What was written is what --compare reads; with itself it is refused.
     assert "one is a copy of the other" in refused(capsys, "--compare", str(out), str(out))
 
