@@ -174,11 +174,42 @@ def test_the_search_ends_with_its_time() -> None:
     runner = Fake(eight_are_faster)
     assert tune(runner, left=lambda: -1.0) is None
     assert runner.sampled == []
-    clock = iter([5.0] * 30)
-    found = tune(runner, left=lambda: next(clock, -1.0))
+    now = [0.0]
+
+    def judge(kernels: Kernels, name: str) -> Verdict:
+        assert now[0] < 10.0, "asked after the time was over"
+        now[0] += 1.0
+        return Verdict("", 1.0)
+
+    found = tune(runner, left=lambda: 10.0 - now[0], judge=judge)
     assert found is not None
-    assert found.before.median == 100.0
-    assert len(runner.sampled) <= 2
+    assert found.chosen == found.built_in
+    assert (found.before.median, now[0]) == (100.0, 10.0)
+
+
+def test_a_contest_ends_with_the_time() -> None:
+    """After one round: of one sample no spread is known, so nothing wins."""
+    now = [0.0]
+
+    def cost(kernels: Kernels) -> float:
+        now[0] += 1.0
+        return eight_are_faster(kernels)
+
+    found = tune(Fake(cost), left=lambda: 0.5 - now[0])
+    assert found is not None
+    assert now[0] == 1.0
+    assert found.chosen == found.built_in
+
+
+def test_on_the_way_only_what_is_faster_beyond_the_spread_is_taken() -> None:
+    runner = Fake(lambda kernels: 99.9 if tile_warps(kernels) == 8 else 100.0)
+    made = search._Search(CONVIT_S, "sm_90", runner, sound, lambda k: 0.0, lambda: 9.0, None)
+    current = candidates.built_in(CONVIT_S, "sm_90")
+    options = list(candidates.variants(CONVIT_S, "sm_90", current, "forward_tile"))
+    eight = next(kernels for kernels in options if tile_warps(kernels) == 8)
+    assert made._winner(current, [eight]) == current
+    runner.cost = eight_are_faster
+    assert made._winner(current, [eight]) == eight
 
 
 def test_the_best_predicted_are_measured_first() -> None:
@@ -337,7 +368,9 @@ class TestDevice:
         posed = next(p for p in toy if p.op == "stem_weight_gradient")
         made = self.problem(posed)
         ((name, config),) = candidates.built_in(posed, "sm_90")
-        other = config._replace(rows=16, keys=(16,), channels=(16,), groups=1)
+        other = config._replace(rows=16, keys=(16,), channels=(16,), groups=2)
+        (one,), (two,) = (made.launches(((name, c),)) for c in (config, other))
+        assert one.grid != two.grid
         assert made.disagreement(((name, other),)) == ""
         made._expected = {k: 1.1 * x for k, x in made._expected.items()}
         assert made.disagreement(((name, other),)).startswith("partials differs by ")

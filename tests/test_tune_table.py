@@ -404,6 +404,18 @@ def test_a_tuned_configuration_proves_itself_by_the_same_check(write: Write) -> 
     assert all(result.ok for result in after.check())
 
 
+def test_no_table_is_part_of_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every check would be made again when a table is merged."""
+    names: set[str] = set()
+    for module in (gpsa_trust, conv_stem_trust):
+        monkeypatch.setattr(
+            module, "source_hash", lambda *files: str(names.update(file.name for file in files))
+        )
+        module.code.__wrapped__()
+    assert {"forward_tile.py", "stem_conv.py"} <= names
+    assert not {name for name in names if name.startswith("tuned") or name.endswith(".json")}
+
+
 def test_the_stems_backward_proves_itself_with_its_configurations(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ class _Search:
         before = self._timed([first], _ROUNDS)[first]
         best = self._improved(first, first, before.median)
         for path in others:
-            if self._sound(path) and self.left() > 0:
+            if self.left() > 0 and self._sound(path):
                 found = self._improved(path, path, before.median)
                 best = self._winner(best, [found])
         after = before
