@@ -33,11 +33,12 @@ def dry(out: Path, *stages: str, **environment: str) -> subprocess.CompletedProc
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
     """Of every stage by name."""
-    names = {stage.name for stage in gpu("stages").STAGES}
     found: dict[str, dict[str, Any]] = {}
-    for file in out.glob("*.json"):
-        found.update(json.loads(file.read_text("utf-8")))
-    return {name: record for name, record in found.items() if name in names}
+    # Other files have parts of the same names.
+    for file in {stage.file for stage in gpu("stages").STAGES}:
+        if (out / file).exists():
+            found.update(json.loads((out / file).read_text("utf-8")))
+    return found
 
 
 def gpu(module: str) -> Any:
