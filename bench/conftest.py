@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import runpy
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -90,7 +92,12 @@ def pytest_configure(config: pytest.Config) -> None:
         report=Path(option("--report")) if option("--report") else None,
         full=option("--full"),
     )
-    machine = this_machine(device_of_run(), checkout=Path(__file__).parent)
+    here = Path(__file__).parent
+    # By its path: the folder on sys.path would make its modules top-level names.
+    fingerprint = runpy.run_path(str(here / "gpu" / "fingerprint.py"))["fingerprint"]
+    machine = dataclasses.replace(
+        this_machine(device_of_run(), checkout=here), fingerprint=fingerprint(here.parent)
+    )
     try:
         config.stash[SESSION] = Session(options, machine, _say(config.pluginmanager))
         if options.report and not options.timed:

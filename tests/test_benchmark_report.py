@@ -188,6 +188,7 @@ class TestFiles:
         assert content["versions"] == MACHINE.versions
         assert content["machine"]["cpu"] == MACHINE.cpu
         assert content["commit"] == MACHINE.commit
+        assert "fingerprint" not in content
         assert content["interrupted"] is True
         first, failed, network, _ = content["rows"]
         assert first == {

@@ -111,6 +111,7 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path):
         "epoch.json",
         "epoch.md",
         "epoch.svg",
+        "epoch-dark.svg",
     }
 
 
@@ -155,7 +156,10 @@ def test_contests_of_layers(tmp_path):
     progress = r"\[ 2/2\] patch embedding 768 uint8 float32 batch 1 … \d+\.\d\dx"
     assert re.search(progress, done.stdout)
     assert "layers and models against their peers" in done.stdout
-    contests = json.loads((tmp_path / "out" / "modules.json").read_text("utf-8"))["contests"]
+    content = json.loads((tmp_path / "out" / "modules.json").read_text("utf-8"))
+    contests = content["contests"]
+    # Results of other sources can then be told.
+    assert content["fingerprint"].keys() == {"gpsa", "conv_stem", "patch_embed"}
     assert [c["agrees"] for c in contests] == [True, True]
     assert {len(s) for c in contests for s in c["seconds"].values()} == {12}
     table = (tmp_path / "out" / "modules.md").read_text("utf-8")

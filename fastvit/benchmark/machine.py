@@ -32,6 +32,8 @@ class Machine:
     platform: str
     versions: dict[str, str]
     commit: str | None
+    #: A hash of the sources behind each op; None where there is no checkout.
+    fingerprint: dict[str, str] | None = None
 
     def line(self, dtype: str) -> str:
         """One line: processor, versions, dtype, commit."""
@@ -45,9 +47,14 @@ class Machine:
         return " | ".join([processor, ", ".join(versions), numbers, commit])
 
     def to_dict(self) -> dict[str, object]:
-        """Everything but versions and commit, which have places of their own in a report."""
+        """Everything but what has a place of its own in a report."""
         whole = dataclasses.asdict(self)
-        return {k: v for k, v in whole.items() if k not in ("versions", "commit")}
+        return {k: v for k, v in whole.items() if k not in ("versions", "commit", "fingerprint")}
+
+    def origin(self) -> dict[str, object]:
+        """What was measured, for a report beside :meth:`to_dict`."""
+        known = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {"versions": self.versions, "commit": self.commit, **known}
 
 
 def this_machine(device: torch.device, *, checkout: Path | None = None) -> Machine:

@@ -200,9 +200,8 @@ def write_report(outcomes: list[Outcome], machine: Machine, folder: Path) -> Non
     """Write ``modules.json`` and ``modules.md``, each whole or not at all."""
     content = {
         "contests": [o.to_dict() for o in outcomes],
-        "versions": machine.versions,
         "machine": machine.to_dict(),
-        "commit": machine.commit,
+        **machine.origin(),
         "date": now(),
     }
     write_text(folder / "modules.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -38,9 +38,8 @@ class Run:
         """The content of ``epoch.json``."""
         return {
             "rows": [result.to_dict() for result in self.results],
-            "versions": self.machine.versions,
             "machine": self.machine.to_dict(),
-            "commit": self.machine.commit,
+            **self.machine.origin(),
             "date": now(),
             "dtype": self.dtype,
             "images_per_epoch": IMAGES_PER_EPOCH,
