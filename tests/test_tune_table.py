@@ -195,6 +195,7 @@ BROKEN = {
     "no_entries": '{"sm_90": {"VERSION": {"measured": MEASURED, "entries": 1}}}',
     "unknown_op": '{"sm_90": {"VERSION": {"measured": MEASURED, "entries": [{"op": "x"}]}}}',
     "odd_tile": '{"sm_90": {"VERSION": {"measured": MEASURED, "entries": [ENTRY]}}}',
+    "no_end": "[" * 100_000,
 }
 
 
@@ -209,6 +210,68 @@ def test_a_broken_table_is_left_out_with_a_reason(write: Write, name: str) -> No
     (file,) = tuned.files("sm_90")
     assert file.reason.startswith("not a table of configurations: ")
     assert f"{tuned.own_file()} is not read: {file.reason}" in str(fastvit.info())
+
+
+SPLIT = dict(CONVIT_S._replace(direction="backward").built_in("sm_90"))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("images", 10**400),
+        ("images", 1e-320),
+        ("tokens", 196.0),
+        ("kernels", {"position_table": [], "forward_tile": {}}),
+        ("warps", 4.0),
+        ("warps", 3),
+        ("stages", True),
+        ("rows", 512),
+        ("keys", [128, 64, 16, 0]),
+        ("keys", [[128], 64, 16]),
+        ("channels", "wide"),
+        ("registers", "many"),
+        ("registers", []),
+        ("groups", {}),
+        ("taps", [1]),
+        ("resident", 1),
+    ],
+    ids=lambda x: f"{x!s:.20}",
+)
+def test_a_table_with_an_impossible_value_is_left_out(
+    write: Write, field: str, value: object
+) -> None:
+    """None of them may raise in a forward, or reach Triton."""
+    write((CONVIT_S, tile()))
+    table = json.loads(tuned.own_file().read_text("utf-8"))
+    (entry,) = table["sm_90"][tuned.triton_version()]["entries"]
+    place = entry if field in entry else entry["kernels"]["forward_tile"]
+    place[field] = value
+    tuned.own_file().write_text(json.dumps(table), "utf-8")
+    tuned.forget()
+    assert taken(CONVIT_S) == configs.forward(CONVIT_S.posed("sm_90"))
+    (file,) = tuned.files("sm_90")
+    assert "entries[0]" in file.reason
+
+
+def test_groups_are_of_the_kernels_that_have_them(write: Write) -> None:
+    """Of others a table may not say them, and where one does not, they are there all the same."""
+    problem = CONVIT_S._replace(direction="backward")
+    kernels = {name: config._replace(groups=0) for name, config in SPLIT.items()}
+    kernels["backward_tile"] = kernels["backward_tile"]._replace(groups=7, warps=4)
+    write((CONVIT_S, tile(TILE._replace(groups=1))), (problem, kernels))
+    assert taken(CONVIT_S) == tile()
+    found = taken(problem)
+    assert found["factor_gradient"] == SPLIT["factor_gradient"]
+    assert found["backward_tile"] == SPLIT["backward_tile"]._replace(warps=4)
+
+
+def test_an_entry_of_as_many_heads_is_not_the_problems_own(write: Write) -> None:
+    """128 images of 18 heads are not 256 of 9, nor 4 maps of 56 x 56 as many positions of 16."""
+    alike, other = CONVIT_S._replace(images=128, heads=18), tile(TILE._replace(warps=4))
+    write((alike, other), (CONVIT_S, tile()))
+    assert taken(CONVIT_S) == tile()
+    assert taken(CONVIT_S._replace(images=768, heads=3)) == other
+    assert how() == [("exact", CONVIT_S.name), ("nearest", alike.name)]
 
 
 def test_a_table_of_another_version_of_fastvit_is_left_out(write: Write) -> None:
