@@ -259,16 +259,16 @@ def _tuples(value: Any) -> Any:
 
 def _config(value: dict[str, Any]) -> Config:
     config = Config(**{name: _tuples(x) for name, x in value.items()})
-    tiles = [x for x in (config.rows, config.keys) if type(x) is not tuple and x != 0]
+    tiles: list[Any] = [x for x in (config.rows, config.keys) if type(x) is not tuple and x != 0]
     pieces = [x for x in (config.keys, config.channels) if type(x) is tuple]
     tiles += [side for sides in pieces for side in sides]
-    if not all(_whole(x, 1, _LARGEST) and x & (x - 1) == 0 for x in tiles):
+    if not all(_whole(x, 1, _LARGEST) and x.bit_count() == 1 for x in tiles):
         raise ValueError(
             f"expected powers of two up to {_LARGEST} as sides of tiles, got {tuple(config)}"
         )
     if not _whole(config.warps, 1, 16) or not _whole(config.stages, 1, 8):
         raise ValueError(f"expected 1 to 16 warps and 1 to 8 stages, got {tuple(config)}")
-    if config.warps & (config.warps - 1) or type(config.channels) is not tuple:
+    if config.warps.bit_count() != 1 or type(config.channels) is not tuple:
         raise ValueError(f"expected a power of two of warps, a list of channels, got {config}")
     registers = config.registers is None or _whole(config.registers, 16, 255)
     others = _whole(config.groups, 0, _MANY) and _whole(config.taps, 0, 9)
