@@ -10,11 +10,13 @@ and to fit in registers. Needs neither torch nor Triton.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -344,11 +346,12 @@ def merged(
     table: dict[str, Any], arch: str, version: str, measured: dict[str, Any], entries: list[Any]
 ) -> dict[str, Any]:
     """A file's table with these entries, which replace those of the same problems. Entries of
-    another card or version of fastvit go: ``measured`` is said of all.
+    another card, version of fastvit or commit go: ``measured`` is said of all.
     """
     versions = dict(table.get(arch, {}))
     old = versions.get(version, {})
-    same = all(old.get("measured", {}).get(k) == measured[k] for k in ("gpu", "fastvit"))
+    of = ("gpu", "fastvit", "commit")
+    same = all(old.get("measured", {}).get(k) == measured.get(k) for k in of)
     kept = {_key(entry): entry for entry in (old.get("entries", []) if same else [])}
     kept |= {_key(entry): entry for entry in entries}
     versions[version] = {"measured": measured, "entries": list(kept.values())}
@@ -357,6 +360,23 @@ def merged(
 
 def _key(entry: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in entry.items() if k not in ("kernels", "us")})
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keeps others who ask for it from the file's folder, where the file system knows locks.
+
+    Raises:
+        OSError: there cannot be such a folder.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write(file: Path, table: dict[str, Any]) -> None:

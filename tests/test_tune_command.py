@@ -93,6 +93,41 @@ def test_it_keeps_what_the_file_has(found: Callable[..., None], tmp_path: Path) 
     assert [entry.problem for entry in read(file)] == [TOY, PLAIN]
 
 
+def test_two_searches_at_once_keep_what_both_found(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+
+    def first(*_: Any, **__: Any) -> Any:
+        yield outcome()
+        # Meanwhile, in another process.
+        session.keep(file, HERE, [outcome(PLAIN, faster=False)])
+        yield outcome(TOY._replace(images=2))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session, "run", first)
+        command.search([TOY], HERE, 5.0, file)
+    assert {entry.problem for entry in read(file)} == {TOY, PLAIN, TOY._replace(images=2)}
+
+
+def test_what_was_cut_short_replaces_nothing(
+    found: Callable[..., None], tmp_path: Path, capsys: Capture
+) -> None:
+    """Nor does it say that nothing is faster."""
+    file = tmp_path / "tuned.json"
+    found(outcome())
+    command.search([TOY], HERE, 5.0, file)
+    short = outcome(faster=False)._replace(complete=False)
+    found(short, short._replace(problem=PLAIN))
+    capsys.readouterr()
+    command.search([TOY], HERE, 5.0, file)
+    assert "nothing faster until its time was over, not kept" in capsys.readouterr().out
+    (entry,) = read(file)
+    assert dict(entry.kernels)["forward_tile"] == FAST
+    # What was found before the time was over is.
+    found(outcome(TOY._replace(images=2))._replace(complete=False))
+    command.search([TOY], HERE, 5.0, file)
+    assert len(read(file)) == 2
+
+
 def test_an_interruption_keeps_what_was_measured(
     found: Callable[..., None], tmp_path: Path, capsys: Capture
 ) -> None:

@@ -186,7 +186,7 @@ def search(
     """
     from fastvit.tuning import report, session
 
-    table = _existing(file)
+    _existing(file)
     outcomes = []
     print(f"{len(posed)} problems, {target.gpu} ({target.arch}), {seconds:g} s, into {file}")
     late: list[Posed] = []
@@ -198,10 +198,10 @@ def search(
         for outcome in found:
             outcomes.append(outcome)
             print(f"[{len(outcomes)}/{len(posed)}] {report.line(outcome)}", flush=True)
-            session.keep(file, table, target, outcomes)
+            session.keep(file, target, outcomes)
     except KeyboardInterrupt:
         _warn(f"interrupted; what was measured is kept in {file}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _fail(file, error)
     finally:
         found.close()
@@ -211,11 +211,11 @@ def search(
     return 0
 
 
-def _existing(file: Path) -> dict[str, Any]:
+def _existing(file: Path) -> None:
     from fastvit.kernels import tuned as tables
 
     try:
-        return tables.read_all(file)
+        tables.read_all(file)
     except (OSError, ValueError) as error:
         raise _Misuse(
             f"{file} is there, and no table of configurations: {error}; move it away or choose "
@@ -223,7 +223,7 @@ def _existing(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _fail(file: Path, error: OSError) -> NoReturn:
+def _fail(file: Path, error: Exception) -> NoReturn:
     raise _Misuse(f"{file} cannot be written: {error}") from error
 
 

@@ -21,6 +21,8 @@ from fastvit.tuning.ahead import Verdict
 _SCREEN, _ROUNDS = 3, 15
 #: Kept after the screening, and measured and compiled at most of a kernel's neighbours.
 _FINALISTS, _MOST, _COMPILED = 4, 16, 48
+#: Samples that a spread takes: of fewer, all of one are below all of another by chance too often.
+_FEW = 5
 
 
 class Times(NamedTuple):
@@ -48,6 +50,8 @@ class Outcome(NamedTuple):
     late: int
     #: What disagreed or raised, in words.
     refused: tuple[str, ...]
+    #: Whether all was tried before the time was over.
+    complete: bool = True
 
 
 class Runner(Protocol):
@@ -108,7 +112,7 @@ class _Search:
                 best, after = first, before
         return Outcome(
             self.problem, first, best, before, after, self.measured, self.spilled, self.slow,
-            self.late, tuple(self.refused),
+            self.late, tuple(self.refused), self.left() > 0,
         )  # fmt: skip
 
     def _sound(self, path: Kernels) -> bool:
@@ -202,9 +206,9 @@ class _Search:
 
 
 def quantiles(samples: Sequence[float]) -> Times:
-    """Median, 20th and 80th percentile. Of one sample no spread is known: it beats nothing."""
-    if len(samples) < 2:
-        return Times(samples[0], 0.0, float("inf"))
+    """Median, 20th and 80th percentile. Of few samples no spread is known: they beat nothing."""
+    if len(samples) < _FEW:
+        return Times(statistics.median(samples), 0.0, float("inf"))
     cuts = statistics.quantiles(samples, n=5, method="inclusive")
     return Times(statistics.median(samples), cuts[0], cuts[3])
 

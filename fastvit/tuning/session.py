@@ -113,6 +113,7 @@ def run(
                     return
                 continue
             finally:
+                ahead.over(problem)
                 if target.device.type == "cuda" and not _gpu_is_lost():
                     torch.cuda.empty_cache()
             if found is None:
@@ -240,7 +241,7 @@ def measured(target: Target) -> dict[str, str]:
 
 
 def entries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """As a table has them."""
+    """As a table has them: none of a search that found nothing in too little time."""
     return [
         tables.plain(
             found.problem,
@@ -248,6 +249,7 @@ def entries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             {"tuned": _rounded(found.after), "built-in": _rounded(found.before)},
         )
         for found in outcomes
+        if found.complete or found.chosen != found.built_in
     ]
 
 
@@ -255,14 +257,18 @@ def _rounded(times: Any) -> dict[str, float]:
     return {name: round(value, 3) for name, value in times._asdict().items()}
 
 
-def keep(
-    file: Path, table: dict[str, Any], target: Target, outcomes: Sequence[Outcome]
-) -> dict[str, Any]:
-    """Write a table with these outcomes, beside what ``table`` has; the new one.
+def keep(file: Path, target: Target, outcomes: Sequence[Outcome]) -> None:
+    """Write a table with these outcomes, beside what it has, if there are any to be kept.
 
     Raises:
         OSError: it cannot be written.
+        ValueError: it is no table.
     """
-    found = tables.merged(table, target.arch, triton_version(), measured(target), entries(outcomes))
-    tables.write(file, found)
-    return found
+    new = entries(outcomes)
+    if not new:
+        return
+    # Another search may be writing, too.
+    with tables.locked(file):
+        table = tables.read_all(file)
+        table = tables.merged(table, target.arch, triton_version(), measured(target), new)
+        tables.write(file, table)
