@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -376,9 +377,19 @@ def test_a_compiler_that_hangs_does_not_take_all_the_time(monkeypatch: pytest.Mo
     with ahead.opened(1) as opened:
         job = Job("sm_90", 90, TOY, "bfloat16", candidates.built_in(TOY, "sm_90"), "forward_tile")
         opened._found[job] = Never()
-        for seconds in (100.0, 20.0, 4.0, -1.0):
+        for seconds in (1e9, 100.0, 20.0, 4.0, -1.0):
             assert opened.verdict(job, seconds) is None
-    assert waited == [25.0, 10.0, 4.0, 0.0]
+    assert waited == [60.0, 25.0, 10.0, 4.0, 0.0]
+
+
+def test_the_first_problem_waits_for_the_processes() -> None:
+    with ahead.opened(1) as opened:
+        times = [time.monotonic()]
+        for seconds in (0.0, 300.0):
+            opened.wait(seconds)
+            times.append(time.monotonic())
+    # A process does not import Triton in less.
+    assert times[1] - times[0] < 0.1 < times[2] - times[1] < 300.0
 
 
 def test_nothing_is_compiled_for_a_problem_whose_turn_is_over() -> None:

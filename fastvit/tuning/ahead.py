@@ -115,6 +115,13 @@ def _begin(turn: Any) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     # Ctrl-C is for the process that measures; it ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # If it cannot be, each verdict says so.
+    with contextlib.suppress(ImportError):
+        from fastvit.kernels.ahead import compiler  # noqa: F401
+
+
+def _nothing() -> None:
+    pass
 
 
 class Ahead:
@@ -132,6 +139,11 @@ class Ahead:
         #: In the order in which they were asked for first.
         self._numbers: dict[Posed, int] = {}
 
+    def wait(self, seconds: float) -> None:
+        """Until a process can compile, for so long at most."""
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            self._pool.apply_async(_nothing).get(max(0.0, seconds))
+
     def ask(self, job: Job) -> None:
         """Let it be compiled, once."""
         if job not in self._found:
@@ -148,7 +160,8 @@ class Ahead:
         """
         self.ask(job)
         try:
-            return self._found[job].get(max(0.0, min(seconds, max(_PATIENCE, seconds / 4))))
+            patience = max(_PATIENCE, min(seconds / 4, 6 * _PATIENCE))
+            return self._found[job].get(max(0.0, min(seconds, patience)))
         except multiprocessing.TimeoutError:
             return None
         # A compiler that dies is this configuration's fault, not the search's.

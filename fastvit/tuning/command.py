@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,10 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     ops = [_known(op, _OPS, "--op") for op in arguments.op or ()] or list(_OPS[:3])
     dtype = _known(arguments.dtype, _DTYPES, "--dtype")
-    if not arguments.seconds > 0:
+    if not 0 < arguments.seconds < math.inf:
         raise _Misuse(f"--seconds: expected a positive number, got {arguments.seconds:g}")
-    if arguments.shapes and not arguments.op:
-        ops = list(_OPS[:3])
     target = _target(arguments, dtype)
     posed = _problems(arguments.shapes, ops, dtype, target.arch)
     if arguments.predict:
@@ -186,7 +186,7 @@ def search(
     """
     from fastvit.tuning import report, session
 
-    _existing(file)
+    _check(file)
     outcomes = []
     print(f"{len(posed)} problems, {target.gpu} ({target.arch}), {seconds:g} s, into {file}")
     late: list[Posed] = []
@@ -211,7 +211,8 @@ def search(
     return 0
 
 
-def _existing(file: Path) -> None:
+def _check(file: Path) -> None:
+    """That it can be written, and is a table if it is there."""
     from fastvit.kernels import tuned as tables
 
     try:
@@ -221,6 +222,12 @@ def _existing(file: Path) -> None:
             f"{file} is there, and no table of configurations: {error}; move it away or choose "
             "another by --out"
         ) from error
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(file, error)
+    if not os.access(file.parent, os.W_OK):
+        _fail(file, PermissionError(f"nothing can be written into {file.parent}"))
 
 
 def _fail(file: Path, error: Exception) -> NoReturn:

@@ -26,6 +26,8 @@ from fastvit.tuning.search import Floor, Outcome, asked, tune
 
 #: Seconds that a problem may take beside its share of what is left.
 _LEAST = 20.0
+#: Seconds that the processes that compile may take to start.
+_START = 60.0
 #: Problems whose candidates are compiled before their turn.
 _AHEAD = 4
 
@@ -94,6 +96,8 @@ def run(
     left = clock(seconds)
     waiting = iter(problems)
     with opened(processes) as ahead:
+        # Or the first problem's share would go by while processes start.
+        ahead.wait(min(_START, left()))
         for problem in itertools.islice(waiting, _AHEAD):
             _ask(problem, target, ahead, variants)
         for number, problem in enumerate(problems):
@@ -103,19 +107,23 @@ def run(
             for later in itertools.islice(waiting, 1):
                 _ask(later, target, ahead, variants)
             share = max(_LEAST, 2 * left() / (len(problems) - number))
+            failed = False
             try:
                 found = _tuned(problem, target, ahead, min(share, left()), variants)
             # Its fault, which is told; the others are still tuned, if the GPU is.
             except Exception as error:
                 say(f"{problem.name}: {type(error).__name__}: {error}".splitlines()[0])
-                if _gpu_is_lost():
-                    say("the GPU refuses all that follows in this process")
-                    return
-                continue
+                failed = True
             finally:
                 ahead.over(problem)
-                if target.device.type == "cuda" and not _gpu_is_lost():
-                    torch.cuda.empty_cache()
+            if _gpu_is_lost():
+                # Since when is not known: nor is whether what was not beaten would have been.
+                say(f"{problem.name}: the GPU refuses all that follows in this process")
+                return
+            if target.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if failed:
+                continue
             if found is None:
                 late(problem)
             else:
