@@ -244,7 +244,8 @@ def _entry(value: Any, name: str) -> Entry:
         problem = kind(**fields)
         kernels = tuple((k, _config(v)) for k, v in _object(value["kernels"], name).items())
         # Whatever is amiss in its fields shows here.
-        if kind is Attention and (problem.direction, problem.op) not in PATHS:
+        known = (problem.direction, problem.op) in PATHS
+        if not known and problem.op not in LAYERS.get(problem.direction, ()):
             raise ValueError(f"no kernels for {problem.op!r} {problem.direction!r}")
         if not all(type(size) is int and 0 < size < _MANY for size in problem.sizes):
             raise ValueError(f"expected positive whole sizes, got {problem.sizes!r:.60}")

@@ -253,6 +253,14 @@ def test_a_table_with_an_impossible_value_is_left_out(
     assert "entries[0]" in file.reason
 
 
+def test_a_layer_that_there_is_not_is_told(write: Write) -> None:
+    """It would never be taken."""
+    (problem, kernels), *_ = stem_layers()
+    write((problem._replace(direction="backward"), kernels))
+    (file,) = tuned.files("sm_90")
+    assert "no kernels for 'stem_conv' 'backward'" in file.reason
+
+
 def test_groups_are_of_the_kernels_that_have_them(write: Write) -> None:
     """Of others a table may not say them, and where one does not, they are there all the same."""
     problem = CONVIT_S._replace(direction="backward")
