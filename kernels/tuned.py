@@ -10,11 +10,13 @@ and to fit in registers. Needs neither torch nor Triton.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,11 @@ from .configs import TILE_TOKENS, Config, Problem, _power, backward, forward
 #: Doublings of all sizes together up to which another problem's entry serves. What is tuned for
 #: thousands of heads would leave a GPU idle at four.
 REACH = 2.0
+#: Sides of tiles at most: the longest row of scores that is one tile. Compilers do not end with
+#: much more, and between the rows of a tile offsets have 32 bits.
+_LARGEST = 256
+#: Beyond all sizes of problems, within what is exact in floating point.
+_MANY = 2**48
 
 Kernels = tuple[tuple[str, Config], ...]
 
@@ -99,11 +106,10 @@ class Attention(NamedTuple):
         if not all(self._fits(*kernel) for kernel in kernels):
             return None
         # How the images are split follows from the problem at hand.
-        own = dict(backward(self.posed(arch))) if "factor_gradient" in names else {}
-        return tuple(
-            (name, config._replace(groups=own[name].groups) if config.groups else config)
-            for name, config in kernels
-        )
+        split = {}
+        if "factor_gradient" in names:
+            split["factor_gradient"] = backward(self.posed(arch))["factor_gradient"].groups
+        return tuple((name, config._replace(groups=split.get(name, 0))) for name, config in kernels)
 
     def _fits(self, name: str, config: Config) -> bool:
         if name in ("position_table", "position_factors", "parameter_gradient"):
@@ -115,7 +121,8 @@ class Attention(NamedTuple):
         if name.endswith("_tile"):
             keys = sum(config.keys) if isinstance(config.keys, tuple) else config.keys
             several = isinstance(config.keys, tuple) == (name == "forward_tile")
-            return several and keys >= self.tokens and self.arithmetic == "half"
+            fits = self.tokens <= TILE_TOKENS and keys >= self.tokens
+            return several and fits and self.arithmetic == "half"
         return isinstance(config.keys, int) and config.keys > 0
 
 
@@ -237,11 +244,14 @@ def _entry(value: Any, name: str) -> Entry:
         problem = kind(**fields)
         kernels = tuple((k, _config(v)) for k, v in _object(value["kernels"], name).items())
         # Whatever is amiss in its fields shows here.
-        if kind is Attention and (problem.direction, problem.op) not in PATHS:
+        known = (problem.direction, problem.op) in PATHS
+        if not known and problem.op not in LAYERS.get(problem.direction, ()):
             raise ValueError(f"no kernels for {problem.op!r} {problem.direction!r}")
-        if not all(size > 0 for size in problem.sizes) or not problem.kind or not problem.name:
-            raise ValueError(f"expected positive sizes, got {problem.sizes}")
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(type(size) is int and 0 < size < _MANY for size in problem.sizes):
+            raise ValueError(f"expected positive whole sizes, got {problem.sizes!r:.60}")
+        if not problem.kind or not problem.name:
+            raise ValueError("no problem")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     return Entry(problem, kernels)
 
@@ -252,16 +262,27 @@ def _tuples(value: Any) -> Any:
 
 def _config(value: dict[str, Any]) -> Config:
     config = Config(**{name: _tuples(x) for name, x in value.items()})
-    tiles = [x for field in (config.keys, config.channels, config.rows) for x in _flat(field)]
-    if not all(type(x) is int and x >= 0 and x & (x - 1) == 0 for x in tiles):
-        raise ValueError(f"expected powers of two as sides of tiles, got {tuple(config)}")
-    if config.warps not in (1, 2, 4, 8, 16) or config.stages not in range(1, 9):
+    tiles: list[Any] = [x for x in (config.rows, config.keys) if type(x) is not tuple and x != 0]
+    pieces = [x for x in (config.keys, config.channels) if type(x) is tuple]
+    tiles += [side for sides in pieces for side in sides]
+    if not all(_whole(x, 1, _LARGEST) and x.bit_count() == 1 for x in tiles):
+        raise ValueError(
+            f"expected powers of two up to {_LARGEST} as sides of tiles, got {tuple(config)}"
+        )
+    if not _whole(config.warps, 1, 16) or not _whole(config.stages, 1, 8):
         raise ValueError(f"expected 1 to 16 warps and 1 to 8 stages, got {tuple(config)}")
+    if config.warps.bit_count() != 1 or type(config.channels) is not tuple:
+        raise ValueError(f"expected a power of two of warps, a list of channels, got {config}")
+    registers = config.registers is None or _whole(config.registers, 16, 255)
+    others = _whole(config.groups, 0, _MANY) and _whole(config.taps, 0, 9)
+    if not registers or not others or type(config.resident) is not bool:
+        raise ValueError(f"expected registers, groups, taps, resident or not, got {tuple(config)}")
     return config
 
 
-def _flat(field: Any) -> Sequence[Any]:
-    return field if isinstance(field, tuple) else (field,)
+def _whole(x: Any, least: int, most: int) -> bool:
+    # True and 4.0 are equal to whole numbers, and Triton does not take them for such.
+    return type(x) is int and least <= x <= most
 
 
 def read_all(file: Path) -> dict[str, Any]:
@@ -287,13 +308,18 @@ def distance(a: Posed, b: Posed) -> float:
 
 
 def nearest(problem: Posed, entries: Iterable[Entry], arch: str) -> tuple[Entry, Kernels] | None:
-    """The entry to take within :data:`REACH`, the first of equally near ones, and its kernels for
-    the problem; None if there is none that can do it.
+    """The entry to take, and its kernels for the problem: that of the problem itself, else the
+    nearest within :data:`REACH`, the first of equally near ones; None if none can do it.
     """
     if not all(size > 0 for size in problem.sizes):
         return None
     alike = [entry for entry in entries if entry.problem.kind == problem.kind]
-    for entry in sorted(alike, key=lambda entry: distance(entry.problem, problem)):
+
+    def order(entry: Entry) -> tuple[bool, float]:
+        # Others may have as many heads and tokens in all, or positions.
+        return entry.problem != problem, distance(entry.problem, problem)
+
+    for entry in sorted(alike, key=order):
         if distance(entry.problem, problem) > REACH:
             return None
         kernels = problem.fitted(arch, entry.kernels) if entry.kernels else ()
@@ -321,11 +347,12 @@ def merged(
     table: dict[str, Any], arch: str, version: str, measured: dict[str, Any], entries: list[Any]
 ) -> dict[str, Any]:
     """A file's table with these entries, which replace those of the same problems. Entries of
-    another card or version of fastvit go: ``measured`` is said of all.
+    another card, version of fastvit or commit go: ``measured`` is said of all.
     """
     versions = dict(table.get(arch, {}))
     old = versions.get(version, {})
-    same = all(old.get("measured", {}).get(k) == measured[k] for k in ("gpu", "fastvit"))
+    of = ("gpu", "fastvit", "commit")
+    same = all(old.get("measured", {}).get(k) == measured.get(k) for k in of)
     kept = {_key(entry): entry for entry in (old.get("entries", []) if same else [])}
     kept |= {_key(entry): entry for entry in entries}
     versions[version] = {"measured": measured, "entries": list(kept.values())}
@@ -334,6 +361,23 @@ def merged(
 
 def _key(entry: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in entry.items() if k not in ("kernels", "us")})
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Keeps others who ask for it from the file's folder, where the file system knows locks.
+
+    Raises:
+        OSError: there cannot be such a folder.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write(file: Path, table: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,41 @@ def test_it_keeps_what_the_file_has(found: Callable[..., None], tmp_path: Path) 
     assert [entry.problem for entry in read(file)] == [TOY, PLAIN]
 
 
+def test_two_searches_at_once_keep_what_both_found(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+
+    def first(*_: Any, **__: Any) -> Any:
+        yield outcome()
+        # Meanwhile, in another process.
+        session.keep(file, HERE, [outcome(PLAIN, faster=False)])
+        yield outcome(TOY._replace(images=2))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session, "run", first)
+        command.search([TOY], HERE, 5.0, file)
+    assert {entry.problem for entry in read(file)} == {TOY, PLAIN, TOY._replace(images=2)}
+
+
+def test_what_was_cut_short_replaces_nothing(
+    found: Callable[..., None], tmp_path: Path, capsys: Capture
+) -> None:
+    """Nor does it say that nothing is faster."""
+    file = tmp_path / "tuned.json"
+    found(outcome())
+    command.search([TOY], HERE, 5.0, file)
+    short = outcome(faster=False)._replace(complete=False)
+    found(short, short._replace(problem=PLAIN))
+    capsys.readouterr()
+    command.search([TOY], HERE, 5.0, file)
+    assert "nothing faster until its time was over, not kept" in capsys.readouterr().out
+    (entry,) = read(file)
+    assert dict(entry.kernels)["forward_tile"] == FAST
+    # What was found before the time was over is.
+    found(outcome(TOY._replace(images=2))._replace(complete=False))
+    command.search([TOY], HERE, 5.0, file)
+    assert len(read(file)) == 2
+
+
 def test_an_interruption_keeps_what_was_measured(
     found: Callable[..., None], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -153,6 +189,8 @@ def test_without_a_gpu_it_says_so(capsys: Capture) -> None:
         (["--op", "linear"], "--op: unknown 'linear'; known: gpsa, mhsa, conv_stem"),
         (["--dtype", "bfloat"], "--dtype: unknown 'bfloat'; did you mean bfloat16?"),
         (["--seconds", "0"], "--seconds: expected a positive number, got 0"),
+        (["--seconds", "inf"], "--seconds: expected a positive number, got inf"),
+        (["--seconds", "nan"], "--seconds: expected a positive number, got nan"),
         (["--arch", "sm_91", "--predict"], "--arch: unknown 'sm_91'; did you mean sm_9"),
         (["--arch", "sm_90"], "--arch goes with --predict"),
         (["--arch", "sm_90", "--predict", "--shapes", "5GF"], "did you mean 4GF?"),
@@ -176,13 +214,41 @@ def test_a_file_that_is_no_table_is_not_overwritten(tmp_path: Path) -> None:
     assert file.read_text("utf-8") == '{"my": "notes"}'
 
 
+@pytest.mark.parametrize("way", ["a_file", "read_only", "full"])
 def test_a_place_that_cannot_be_written_is_named(
-    found: Callable[..., None], tmp_path: Path
+    found: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    found(outcome())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(command._Misuse, match="cannot be written"):
-        command.search([TOY], HERE, 1.0, tmp_path / "file" / "tuned.json")
+    """Before anything is searched, if that can be."""
+    found(RuntimeError("searched"))
+    file = tmp_path / "tuned.json"
+    if way == "a_file":
+        (tmp_path / "file").write_text("")
+        file = tmp_path / "file" / "tuned.json"
+    elif way == "read_only":
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    else:
+        found(outcome())
+
+        def fails(*_: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(command._Misuse, match=r"tuned\.json cannot be written"):
+        command.search([TOY], HERE, 1.0, file)
+
+
+def test_nothing_is_kept_of_a_problem_after_which_the_gpu_is_lost(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever disagreed then disagreed for that."""
+    monkeypatch.setattr(session, "_tuned", lambda problem, *_: outcome(problem, faster=False))
+    lost = iter([False, True])
+    monkeypatch.setattr(session, "_gpu_is_lost", lambda: next(lost))
+    file = tmp_path / "tuned.json"
+    problems = [TOY, PLAIN, TOY._replace(images=2)]
+    assert command.search(problems, HERE, 100.0, file, variants=1) == 0
+    assert [entry.problem for entry in read(file)] == [TOY]
+    assert f"{PLAIN.name}: the GPU refuses all that follows" in capsys.readouterr().err
 
 
 def test_predictions_need_no_gpu_and_write_nothing(

@@ -195,6 +195,7 @@ BROKEN = {
     "no_entries": '{"sm_90": {"VERSION": {"measured": MEASURED, "entries": 1}}}',
     "unknown_op": '{"sm_90": {"VERSION": {"measured": MEASURED, "entries": [{"op": "x"}]}}}',
     "odd_tile": '{"sm_90": {"VERSION": {"measured": MEASURED, "entries": [ENTRY]}}}',
+    "no_end": "[" * 100_000,
 }
 
 
@@ -209,6 +210,76 @@ def test_a_broken_table_is_left_out_with_a_reason(write: Write, name: str) -> No
     (file,) = tuned.files("sm_90")
     assert file.reason.startswith("not a table of configurations: ")
     assert f"{tuned.own_file()} is not read: {file.reason}" in str(fastvit.info())
+
+
+SPLIT = dict(CONVIT_S._replace(direction="backward").built_in("sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("images", 10**400),
+        ("images", 1e-320),
+        ("tokens", 196.0),
+        ("kernels", {"position_table": [], "forward_tile": {}}),
+        ("warps", 4.0),
+        ("warps", 3),
+        ("stages", True),
+        ("rows", 512),
+        ("keys", [128, 64, 16, 0]),
+        ("keys", [[128], 64, 16]),
+        ("channels", "wide"),
+        ("registers", "many"),
+        ("registers", []),
+        ("groups", {}),
+        ("taps", [1]),
+        ("resident", 1),
+    ],
+    ids=lambda x: f"{x!s:.20}",
+)
+def test_a_table_with_an_impossible_value_is_left_out(
+    write: Write, field: str, value: object
+) -> None:
+    """None of them may raise in a forward, or reach Triton."""
+    write((CONVIT_S, tile()))
+    table = json.loads(tuned.own_file().read_text("utf-8"))
+    (entry,) = table["sm_90"][tuned.triton_version()]["entries"]
+    place = entry if field in entry else entry["kernels"]["forward_tile"]
+    place[field] = value
+    tuned.own_file().write_text(json.dumps(table), "utf-8")
+    tuned.forget()
+    assert taken(CONVIT_S) == configs.forward(CONVIT_S.posed("sm_90"))
+    (file,) = tuned.files("sm_90")
+    assert "entries[0]" in file.reason
+
+
+def test_a_layer_that_there_is_not_is_told(write: Write) -> None:
+    """It would never be taken."""
+    (problem, kernels), *_ = stem_layers()
+    write((problem._replace(direction="backward"), kernels))
+    (file,) = tuned.files("sm_90")
+    assert "no kernels for 'stem_conv' 'backward'" in file.reason
+
+
+def test_groups_are_of_the_kernels_that_have_them(write: Write) -> None:
+    """Of others a table may not say them, and where one does not, they are there all the same."""
+    problem = CONVIT_S._replace(direction="backward")
+    kernels = {name: config._replace(groups=0) for name, config in SPLIT.items()}
+    kernels["backward_tile"] = kernels["backward_tile"]._replace(groups=7, warps=4)
+    write((CONVIT_S, tile(TILE._replace(groups=1))), (problem, kernels))
+    assert taken(CONVIT_S) == tile()
+    found = taken(problem)
+    assert found["factor_gradient"] == SPLIT["factor_gradient"]
+    assert found["backward_tile"] == SPLIT["backward_tile"]._replace(warps=4)
+
+
+def test_an_entry_of_as_many_heads_is_not_the_problems_own(write: Write) -> None:
+    """128 images of 18 heads are not 256 of 9, nor 4 maps of 56 x 56 as many positions of 16."""
+    alike, other = CONVIT_S._replace(images=128, heads=18), tile(TILE._replace(warps=4))
+    write((alike, other), (CONVIT_S, tile()))
+    assert taken(CONVIT_S) == tile()
+    assert taken(CONVIT_S._replace(images=768, heads=3)) == other
+    assert how() == [("exact", CONVIT_S.name), ("nearest", alike.name)]
 
 
 def test_a_table_of_another_version_of_fastvit_is_left_out(write: Write) -> None:
@@ -438,3 +509,101 @@ def test_the_stems_backward_proves_itself_with_its_configurations(
     ]  # fmt: skip
     assert "/sm_90/" in keys[0]
     assert "stem_image_gradient[0](16,(16,),(),4,1," in keys[1]
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[[str], None], list[tuple[str, str]]]:
+    """``refuse(text)``: let kernels whose key has the text fail their check; and what was asked."""
+    asked: list[tuple[str, str]] = []
+    refused: list[str] = []
+
+    def trusts(candidate: trust.Candidate, how: str) -> bool:
+        asked.append((candidate.instead, how))
+        if not any(text in candidate.key for text in refused):
+            return True
+        if how == "auto":
+            return False
+        raise RuntimeError("failed its check")
+
+    monkeypatch.setattr(trust, "needs_proof", lambda device: True)
+    monkeypatch.setattr(trust, "trusts", trusts)
+    monkeypatch.setattr(trust, "is_known", lambda candidate: True)
+    return refused.append, asked
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_is_built_in_serves_where_a_tuned_one_fails_its_check(
+    write: Write, refuse: Any, backend: str
+) -> None:
+    """Not PyTorch, which is slower, and no error: there would be none without the table."""
+    fails, asked = refuse
+    q = torch.randn(2, 2, TOKENS, 16).to(torch.bfloat16)
+    problem = Attention("gpsa", "forward", "half", 2, 2, TOKENS, 16, GRID)
+    own = gpsa_trust.trusted_plan("forward", q, GRID, backend)
+    assert own is not None
+    assert len(asked) == 1
+    write((problem, tile(Config(rows=16, keys=(32,), channels=(16,)))))
+    tuned_plan = gpsa_trust.trusted_plan("forward", q, GRID, backend)
+    assert tuned_plan is not None
+    assert tuned_plan.kernels["forward_tile"].rows == 16
+    trust.forget()
+    asked.clear()
+    fails("forward_tile(16,")
+    for _ in range(2):
+        assert gpsa_trust.trusted_plan("forward", q, GRID, backend) == own
+    # Asked once each, and no second time.
+    assert asked == [("what is built in", "auto"), ("the torch backend", backend)]
+    fails("forward_tile(64,")
+    trust.forget()
+    if backend == "auto":
+        assert gpsa_trust.trusted_plan("forward", q, GRID, backend) is None
+    else:
+        with pytest.raises(RuntimeError, match="failed its check"):
+            gpsa_trust.trusted_plan("forward", q, GRID, backend)
+
+
+def test_what_is_built_in_serves_where_a_tuned_stem_fails_its_check(
+    write: Write, refuse: Any
+) -> None:
+    fails, asked = refuse
+    layer = fastvit.ConvStem(3, STEM[1:3], (2, 2), STEM[3]).bfloat16()
+    weights = [stage.conv.weight.detach() for stage in layer.stages]
+    stages = conv_stem_trust.Stages(weights, [], [], [], [], (2, 2))
+    x, proj = torch.randn(2, 3, 17, 13), layer.projection.conv.weight.detach()
+
+    def plans() -> tuple[Any, Any]:
+        return (
+            conv_stem_trust.trusted_plan(x, proj, stages, True, True, "triton"),
+            conv_stem_trust.trusted_backward(x, proj, stages, True, "triton"),
+        )
+
+    own = plans()
+    assert own[1] == ()
+    write(*stem_layers())
+    tuned_plans = plans()
+    assert tuned_plans[0] != own[0]
+    assert len(tuned_plans[1]) == 4
+    trust.forget()
+    asked.clear()
+    fails("stem_conv(32,(16,),")
+    fails("stem_image_gradient[0](16,")
+    assert plans() == own
+    assert plans() == own
+    assert [how for _, how in asked] == ["auto", "triton"] * 2
+
+
+def test_a_tuned_one_that_could_not_be_checked_during_a_capture_is_checked_later(
+    write: Write, refuse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails, _ = refuse
+    monkeypatch.setattr(gpsa_trust, "_settled", {})
+    monkeypatch.setattr(
+        trust, "is_known", lambda candidate: "forward_tile(16," not in candidate.key
+    )
+    q = torch.randn(2, 2, TOKENS, 16).to(torch.bfloat16)
+    problem = Attention("gpsa", "forward", "half", 2, 2, TOKENS, 16, GRID)
+    write((problem, tile(Config(rows=16, keys=(32,), channels=(16,)))))
+    fails("forward_tile(16,")
+    own = gpsa_trust.trusted_plan("forward", q, GRID, "auto")
+    assert own == gpsa_triton.plan("forward", q, GRID, built_in=True)
+    assert gpsa_trust._settled == {}

@@ -34,7 +34,7 @@ def run(device: Device, record: Record) -> None:
     )  # fmt: skip
     for outcome in found:
         outcomes.append(outcome)
-        session.keep(record.folder / FILE, {}, target, outcomes)
+        session.keep(record.folder / FILE, target, outcomes)
         print(report.line(outcome), flush=True)
         record.add(
             what="tuned",

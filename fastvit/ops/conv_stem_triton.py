@@ -43,11 +43,18 @@ class Plan(NamedTuple):
     kernels: tuple[tuple[str, Config], ...]
 
 
-def plan(x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool) -> Plan:
-    """What runs for images x; ``keeps`` if the raw tensors of all stages are needed."""
+def plan(
+    x: Tensor, proj_weight: Tensor, stages: Stages, keeps: bool, built_in: bool = False
+) -> Plan:
+    """What runs for images x; ``keeps`` if the raw tensors of all stages are needed. ``built_in``:
+    whatever was tuned.
+    """
     posed = problem(x, proj_weight, stages, keeps)
     strides, raw = tuple(stages.strides), x.dtype == torch.uint8
-    kernels = tuned.stem_forward(posed, x.shape[0], tuple(x.shape[-2:]), strides, raw)
+    if built_in:
+        kernels = stem_configs.forward(posed)
+    else:
+        kernels = tuned.stem_forward(posed, x.shape[0], tuple(x.shape[-2:]), strides, raw)
     kernels = stem_choices.with_cudnn(kernels, posed, strides)
     return Plan(posed.arch, precision(), kernels)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -41,12 +41,12 @@ _IMAGES, _SIDES = 2, (99, 85)
 _MEAN, _STD = (0.485, 0.1, 0.406, 0.5), (0.229, 0.224, 1.0, 0.3)
 _EPS = 1e-5
 
-#: Kinds of calls whose kernels are trusted: they need not be named and looked up again.
-_settled: set[tuple[Any, ...]] = set()
-
+#: What kinds of calls run, once it is trusted: it need not be named and looked up again.
+_settled: dict[tuple[Any, ...], Any] = {}
 
 #: The kernels of a call with their configurations, or the architecture from which these follow.
 _Launch = Kernels | str
+_Chosen = TypeVar("_Chosen")
 
 
 class _Problem(NamedTuple):
@@ -71,13 +71,22 @@ def trusted_plan(
     Raises:
         RuntimeError: they failed their check, and were ``asked`` for by name.
     """
-    plan = conv_stem_triton.plan(x, proj_weight, stages, training or save)
+    keeps = training or save
+    plan = conv_stem_triton.plan(x, proj_weight, stages, keeps)
     if not trust.needs_proof(x.device):
         return plan
     problem = _problem(x, proj_weight, stages, "train" if training else "keep" if save else "infer")
-    check = functools.partial(_check_forward, plan, problem)
-    known = _is_trusted("forward", problem, plan.kernels, plan.precision, check, asked)
-    return plan if known else None
+
+    def named(plan: Plan) -> Candidate:
+        key = _key("forward", problem, plan.kernels, plan.precision)
+        return Candidate(key, functools.partial(_check_forward, plan, problem))
+
+    def built_in() -> Plan:
+        return conv_stem_triton.plan(x, proj_weight, stages, keeps, built_in=True)
+
+    # What is built in depends on the number of positions, too.
+    call = ("forward", problem, plan, x.shape)
+    return _trusted(call, plan, built_in, named, asked)
 
 
 def trusted_backward(
@@ -95,10 +104,14 @@ def trusted_backward(
     problem = _problem(x, proj_weight, stages, "train" if training else "keep")
     # The other configurations follow from the architecture and the widths.
     arch, precision = architecture(x.device), float32_precision()
-    launch = (*kernels, (arch, Config())) if kernels else arch
-    check = functools.partial(_check_backward, kernels, precision, problem)
-    known = _is_trusted("backward", problem, launch, precision, check, asked)
-    return kernels if known else None
+
+    def named(kernels: Kernels) -> Candidate:
+        launch: _Launch = (*kernels, (arch, Config())) if kernels else arch
+        key = _key("backward", problem, launch, precision)
+        return Candidate(key, functools.partial(_check_backward, kernels, precision, problem))
+
+    call = ("backward", problem, kernels, precision)
+    return _trusted(call, kernels, tuple, named, asked)
 
 
 def _problem(x: Tensor, proj_weight: Tensor, stages: Stages, mode: str) -> _Problem:
@@ -107,27 +120,25 @@ def _problem(x: Tensor, proj_weight: Tensor, stages: Stages, mode: str) -> _Prob
     return _Problem(x.device, proj_weight.dtype, raw, widths, tuple(stages.strides), mode)
 
 
-def _is_trusted(
-    direction: str,
-    problem: _Problem,
-    launch: _Launch,
-    precision: str,
-    check: Callable[[], Iterator[Agreement]],
+def _trusted(
+    call: tuple[Any, ...],
+    chosen: _Chosen,
+    built_in: Callable[[], _Chosen],
+    named: Callable[[_Chosen], Candidate],
     asked: str,
-) -> bool:
-    """Whether kernels with these launch configurations are trusted; asked once for each call's
-    kind, since naming it takes time.
+) -> _Chosen | None:
+    """As :func:`fastvit.ops.trust.trusted`; asked once for each call's kind, since naming it takes
+    time.
     """
-    call = (trust.generation(), direction, problem, launch, precision)
+    call = (trust.generation(), *call)
     if call in _settled:
-        return True
-    key = _key(direction, problem, launch, precision)
-    candidate = Candidate(key, check)
-    if not trust.trusts(candidate, asked):
-        return False
-    if trust.is_known(candidate):
-        _settled.add(call)
-    return True
+        found: _Chosen = _settled[call]
+        return found
+    trusted = trust.trusted((chosen, built_in()), named, asked)
+    plan, lasting = trusted
+    if plan is not None and lasting:
+        _settled[call] = plan
+    return plan
 
 
 def _key(direction: str, problem: _Problem, launch: _Launch, precision: str) -> str:

@@ -47,12 +47,23 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def plan(direction: str, q: Tensor, grid_size: Grid | None, dropout: bool = False) -> Plan:
-    """What runs in the "forward" or "backward" of q (B, H, N, d); plain attention without grid."""
+def plan(
+    direction: str,
+    q: Tensor,
+    grid_size: Grid | None,
+    dropout: bool = False,
+    built_in: bool = False,
+) -> Plan:
+    """What runs in the "forward" or "backward" of q (B, H, N, d); plain attention without grid.
+    ``built_in``: whatever was tuned.
+    """
     arch = architecture(q.device)
     arithmetic = precision() if q.dtype == torch.float32 else "half"
     B, H, N, d = q.shape
     problem = configs.Problem(arch, arithmetic, B, H, N, d, grid_size, dropout)
+    if built_in:
+        choose = configs.forward if direction == "forward" else configs.backward
+        return Plan(arch, precision(), choose(problem))
     return Plan(arch, precision(), tuned.attention(direction, problem))
 
 

@@ -59,12 +59,18 @@ def trusted_plan(
     call = (trust.generation(), direction, *of_q, grid_size, precision, dropout)
     found = _settled.get(call)
     if found is None:
-        found = gpsa_triton.plan(direction, q, grid_size, dropout)
         op = "mhsa" if grid_size is None else "gpsa_dropout" if dropout else "gpsa"
-        candidate = _candidate(op, direction, found, q, grid_size)
-        if not trust.trusts(candidate, asked):
-            return None
-        if trust.is_known(candidate):
+
+        def named(plan: Plan) -> Candidate:
+            return _candidate(op, direction, plan, q, grid_size)
+
+        plans = (
+            gpsa_triton.plan(direction, q, grid_size, dropout),
+            gpsa_triton.plan(direction, q, grid_size, dropout, built_in=True),
+        )
+        trusted = trust.trusted(plans, named, asked)
+        found, lasting = trusted
+        if found is not None and lasting:
             _settled[call] = found
     return found
 

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -34,6 +34,9 @@ from fastvit import _native
 from fastvit.testing import Agreement
 
 _VERIFIED = Path(__file__).resolve().parent.parent / "verified.json"
+
+
+_Plan = TypeVar("_Plan")
 
 
 class Candidate(NamedTuple):
@@ -104,6 +107,29 @@ def trusts(candidate: Candidate, asked: str) -> bool:
             f"{candidate.key}: {known} (deleting {_cache_file()} repeats the check)"
         )
     return not known
+
+
+def trusted(
+    plans: tuple[_Plan, _Plan], named: Callable[[_Plan], Candidate], asked: str
+) -> tuple[_Plan | None, bool]:
+    """Of a tuned plan and the one that is built in the first that is trusted, None if neither is;
+    and whether that holds for later calls, which it does not during a capture.
+
+    Raises:
+        RuntimeError: the backend was ``asked`` for by name and what is built in failed its check.
+    """
+    tuned, built_in = plans
+    lasting = True
+    if tuned != built_in:
+        candidate = named(tuned)._replace(instead="what is built in")
+        # No table makes a call slower than without it, or raise.
+        if trusts(candidate, "auto"):
+            return tuned, is_known(candidate)
+        lasting = is_known(candidate)
+    candidate = named(built_in)
+    if not trusts(candidate, asked):
+        return None, False
+    return built_in, lasting and is_known(candidate)
 
 
 def _warn(candidate: Candidate, asked: str, what: str) -> None:

@@ -81,7 +81,7 @@ def files(arch: str) -> tuple[File, ...]:
         except FileNotFoundError:
             continue
         # Whatever is wrong with a file, calls go on without it.
-        except (OSError, ValueError) as error:
+        except Exception as error:
             found.append(File(path, {}, (), f"not a table of configurations: {error}"))
             continue
         measured, entries = table
@@ -144,7 +144,7 @@ def _look_up(arch: str, problem: Posed) -> Choice:
         return Choice(problem.name, BUILT_IN, "", "", ())
     entry, kernels = found
     file = next(str(file.path) for file in read if any(entry is e for e in file.entries))
-    how = EXACT if tables.distance(entry.problem, problem) == 0 else NEAREST
+    how = EXACT if entry.problem == problem else NEAREST
     return Choice(problem.name, how, entry.problem.name, file, kernels)
 
 

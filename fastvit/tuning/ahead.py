@@ -19,6 +19,9 @@ from fastvit.kernels.ahead import model
 from fastvit.kernels.ahead.posed import case_of
 from fastvit.kernels.tuned import Kernels, Posed
 
+#: Seconds that a verdict is waited for at least, if there are as many.
+_PATIENCE = 10.0
+
 
 class Verdict(NamedTuple):
     """What is known of a kernel's configuration without a GPU."""
@@ -73,18 +76,30 @@ def _busy(arch: str, grid: tuple[int, ...], blocks: int) -> float:
     return -(-programs // places) * places / max(1, programs)
 
 
+#: Cards of an architecture may be more than twice as fast as that of the model, and what kernels of
+#: a call hand to each other, counted with each, may stay in the L2 cache.
+_FASTER = 3.0
+
+
 def floor(arch: str, arithmetic: str, launches: Iterator[Any] | list[Any]) -> float:
-    """Microseconds below which no launch can come: bytes, products or exponentials alone, at the
-    rates of the fastest instructions. Predicted, not measured.
+    """Microseconds below which no launch can come: a third of what bytes, products or exponentials
+    alone take at the model's rates of the fastest instructions. Predicted, not measured.
     """
-    return sum(
+    taken = sum(
         model.predict(arch, arithmetic, "", 2, model.work(launch.kernel, launch.arguments))
         for launch in launches
     )
+    return taken / _FASTER
 
 
-def compile_job(job: Job) -> Verdict:
+#: In the processes that compile: the number of the problem whose turn it is.
+_turn: Any = None
+
+
+def compile_job(job: Job, number: int) -> Verdict:
     """In a process whose Triton compiles."""
+    if number < _turn.value:
+        return Verdict("the turn of its problem is over")
     from fastvit.kernels.ahead.compiler import Pair, attempt
 
     case = case_of(job.problem, job.kernels, job.precision)
@@ -93,11 +108,20 @@ def compile_job(job: Job) -> Verdict:
     return judged(job.arch, job.problem.arithmetic, taken, pair.launch)
 
 
-def _begin() -> None:
+def _begin(turn: Any) -> None:
     """In a new process, before it imports Triton."""
+    global _turn
+    _turn = turn
     os.environ.pop("TRITON_INTERPRET", None)
     # Ctrl-C is for the process that measures; it ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # If it cannot be, each verdict says so.
+    with contextlib.suppress(ImportError):
+        from fastvit.kernels.ahead import compiler  # noqa: F401
+
+
+def _nothing() -> None:
+    pass
 
 
 class Ahead:
@@ -109,19 +133,35 @@ class Ahead:
 
     def __init__(self, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = context.Pool(workers, initializer=_begin)
+        self._turn = context.Value("i", 0)
+        self._pool = context.Pool(workers, _begin, (self._turn,))
         self._found: dict[Job, Any] = {}
+        #: In the order in which they were asked for first.
+        self._numbers: dict[Posed, int] = {}
+
+    def wait(self, seconds: float) -> None:
+        """Until a process can compile, for so long at most."""
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            self._pool.apply_async(_nothing).get(max(0.0, seconds))
 
     def ask(self, job: Job) -> None:
         """Let it be compiled, once."""
         if job not in self._found:
-            self._found[job] = self._pool.apply_async(compile_job, (job,))
+            number = self._numbers.setdefault(job.problem, len(self._numbers))
+            self._found[job] = self._pool.apply_async(compile_job, (job, number))
+
+    def over(self, problem: Posed) -> None:
+        """Compile no more for it, nor for those that were asked for before it: others wait."""
+        self._turn.value = max(self._turn.value, 1 + self._numbers.get(problem, -1))
 
     def verdict(self, job: Job, seconds: float) -> Verdict | None:
-        """None if it is not there in time."""
+        """None if it is not there in time: ``seconds``, of which one compiler that hangs or was
+        killed does not take all.
+        """
         self.ask(job)
         try:
-            return self._found[job].get(max(0.0, seconds))
+            patience = max(_PATIENCE, min(seconds / 4, 6 * _PATIENCE))
+            return self._found[job].get(max(0.0, min(seconds, patience)))
         except multiprocessing.TimeoutError:
             return None
         # A compiler that dies is this configuration's fault, not the search's.

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,10 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     ops = [_known(op, _OPS, "--op") for op in arguments.op or ()] or list(_OPS[:3])
     dtype = _known(arguments.dtype, _DTYPES, "--dtype")
-    if not arguments.seconds > 0:
+    if not 0 < arguments.seconds < math.inf:
         raise _Misuse(f"--seconds: expected a positive number, got {arguments.seconds:g}")
-    if arguments.shapes and not arguments.op:
-        ops = list(_OPS[:3])
     target = _target(arguments, dtype)
     posed = _problems(arguments.shapes, ops, dtype, target.arch)
     if arguments.predict:
@@ -186,7 +186,7 @@ def search(
     """
     from fastvit.tuning import report, session
 
-    table = _existing(file)
+    _check(file)
     outcomes = []
     print(f"{len(posed)} problems, {target.gpu} ({target.arch}), {seconds:g} s, into {file}")
     late: list[Posed] = []
@@ -198,10 +198,10 @@ def search(
         for outcome in found:
             outcomes.append(outcome)
             print(f"[{len(outcomes)}/{len(posed)}] {report.line(outcome)}", flush=True)
-            session.keep(file, table, target, outcomes)
+            session.keep(file, target, outcomes)
     except KeyboardInterrupt:
         _warn(f"interrupted; what was measured is kept in {file}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         _fail(file, error)
     finally:
         found.close()
@@ -211,19 +211,26 @@ def search(
     return 0
 
 
-def _existing(file: Path) -> dict[str, Any]:
+def _check(file: Path) -> None:
+    """That it can be written, and is a table if it is there."""
     from fastvit.kernels import tuned as tables
 
     try:
-        return tables.read_all(file)
+        tables.read_all(file)
     except (OSError, ValueError) as error:
         raise _Misuse(
             f"{file} is there, and no table of configurations: {error}; move it away or choose "
             "another by --out"
         ) from error
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(file, error)
+    if not os.access(file.parent, os.W_OK):
+        _fail(file, PermissionError(f"nothing can be written into {file.parent}"))
 
 
-def _fail(file: Path, error: OSError) -> NoReturn:
+def _fail(file: Path, error: Exception) -> NoReturn:
     raise _Misuse(f"{file} cannot be written: {error}") from error
 
 

@@ -48,7 +48,8 @@ def times_text(times: Times) -> str:
 def line(found: Outcome) -> str:
     """One outcome while the search goes on."""
     if found.chosen == found.built_in:
-        what = f"{times_text(found.before)}, nothing faster beyond the spread"
+        end = "beyond the spread" if found.complete else "until its time was over, not kept"
+        what = f"{times_text(found.before)}, nothing faster {end}"
     else:
         what = f"{times_text(found.before)} → {times_text(found.after)}, {gain(found)}"
     tried = f"{found.measured} timed, {found.spilled} spill or do not fit, {found.slow} too slow"

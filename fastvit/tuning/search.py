@@ -21,6 +21,10 @@ from fastvit.tuning.ahead import Verdict
 _SCREEN, _ROUNDS = 3, 15
 #: Kept after the screening, and measured and compiled at most of a kernel's neighbours.
 _FINALISTS, _MOST, _COMPILED = 4, 16, 48
+#: Of a kernel's share of the time, what may pass until its neighbours are compiled.
+_COMPILING = 2 / 3
+#: Samples that a spread takes: of fewer, all of one are below all of another by chance too often.
+_FEW = 5
 
 
 class Times(NamedTuple):
@@ -48,6 +52,8 @@ class Outcome(NamedTuple):
     late: int
     #: What disagreed or raised, in words.
     refused: tuple[str, ...]
+    #: Whether all was tried before the time was over.
+    complete: bool = True
 
 
 class Runner(Protocol):
@@ -86,12 +92,16 @@ class _Search:
         self.variants = variants
         self.judge, self.floor, self.left = judge, floor, left
         self.measured = self.spilled = self.slow = self.late = 0
+        #: Kernels of all paths whose turn is to come, and whether neighbours of one were left out.
+        self.kernels, self.cut = 1, False
         self.refused: list[str] = []
 
     def run(self) -> Outcome | None:
         if self.left() <= 0:
             return None
-        first, *others = candidates.paths(self.problem, self.arch)
+        paths = candidates.paths(self.problem, self.arch)
+        self.kernels = sum(len(candidates.tunable(path)) for path in paths)
+        first, *others = paths
         self.runner.expect(first)
         before = self._timed([first], _ROUNDS)[first]
         best = self._improved(first, first, before.median)
@@ -108,7 +118,7 @@ class _Search:
                 best, after = first, before
         return Outcome(
             self.problem, first, best, before, after, self.measured, self.spilled, self.slow,
-            self.late, tuple(self.refused),
+            self.late, tuple(self.refused), self.left() > 0 and not self.cut,
         )  # fmt: skip
 
     def _sound(self, path: Kernels) -> bool:
@@ -142,9 +152,13 @@ class _Search:
         """The kernels of a path with the best configuration found for each."""
         for name in candidates.tunable(path):
             options: list[tuple[float, Kernels]] = []
+            # Of a kernel's share of the time, what is left serves to measure what was compiled.
+            end = self.left() * (1 - _COMPILING / max(1, self.kernels))
+            self.kernels -= 1
             for variant in _ranked(self.problem, self.arch, path, name, self.floor, self.variants):
-                if self.left() <= 0:
-                    return current
+                if self.left() <= max(0.0, end):
+                    self.cut = True
+                    break
                 verdict = self._compiles(variant, name)
                 if verdict is None:
                     continue
@@ -202,9 +216,9 @@ class _Search:
 
 
 def quantiles(samples: Sequence[float]) -> Times:
-    """Median, 20th and 80th percentile. Of one sample no spread is known: it beats nothing."""
-    if len(samples) < 2:
-        return Times(samples[0], 0.0, float("inf"))
+    """Median, 20th and 80th percentile. Of few samples no spread is known: they beat nothing."""
+    if len(samples) < _FEW:
+        return Times(statistics.median(samples), 0.0, float("inf"))
     cuts = statistics.quantiles(samples, n=5, method="inclusive")
     return Times(statistics.median(samples), cuts[0], cuts[3])
 

@@ -26,6 +26,8 @@ from fastvit.tuning.search import Floor, Outcome, asked, tune
 
 #: Seconds that a problem may take beside its share of what is left.
 _LEAST = 20.0
+#: Seconds that the processes that compile may take to start.
+_START = 60.0
 #: Problems whose candidates are compiled before their turn.
 _AHEAD = 4
 
@@ -94,6 +96,8 @@ def run(
     left = clock(seconds)
     waiting = iter(problems)
     with opened(processes) as ahead:
+        # Or the first problem's share would go by while processes start.
+        ahead.wait(min(_START, left()))
         for problem in itertools.islice(waiting, _AHEAD):
             _ask(problem, target, ahead, variants)
         for number, problem in enumerate(problems):
@@ -103,18 +107,23 @@ def run(
             for later in itertools.islice(waiting, 1):
                 _ask(later, target, ahead, variants)
             share = max(_LEAST, 2 * left() / (len(problems) - number))
+            failed = False
             try:
                 found = _tuned(problem, target, ahead, min(share, left()), variants)
             # Its fault, which is told; the others are still tuned, if the GPU is.
             except Exception as error:
                 say(f"{problem.name}: {type(error).__name__}: {error}".splitlines()[0])
-                if _gpu_is_lost():
-                    say("the GPU refuses all that follows in this process")
-                    return
-                continue
+                failed = True
             finally:
-                if target.device.type == "cuda" and not _gpu_is_lost():
-                    torch.cuda.empty_cache()
+                ahead.over(problem)
+            if _gpu_is_lost():
+                # Since when is not known: nor is whether what was not beaten would have been.
+                say(f"{problem.name}: the GPU refuses all that follows in this process")
+                return
+            if target.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if failed:
+                continue
             if found is None:
                 late(problem)
             else:
@@ -240,7 +249,7 @@ def measured(target: Target) -> dict[str, str]:
 
 
 def entries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """As a table has them."""
+    """As a table has them: none of a search that found nothing in too little time."""
     return [
         tables.plain(
             found.problem,
@@ -248,6 +257,7 @@ def entries(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             {"tuned": _rounded(found.after), "built-in": _rounded(found.before)},
         )
         for found in outcomes
+        if found.complete or found.chosen != found.built_in
     ]
 
 
@@ -255,14 +265,18 @@ def _rounded(times: Any) -> dict[str, float]:
     return {name: round(value, 3) for name, value in times._asdict().items()}
 
 
-def keep(
-    file: Path, table: dict[str, Any], target: Target, outcomes: Sequence[Outcome]
-) -> dict[str, Any]:
-    """Write a table with these outcomes, beside what ``table`` has; the new one.
+def keep(file: Path, target: Target, outcomes: Sequence[Outcome]) -> None:
+    """Write a table with these outcomes, beside what it has, if there are any to be kept.
 
     Raises:
         OSError: it cannot be written.
+        ValueError: it is no table.
     """
-    found = tables.merged(table, target.arch, triton_version(), measured(target), entries(outcomes))
-    tables.write(file, found)
-    return found
+    new = entries(outcomes)
+    if not new:
+        return
+    # Another search may be writing, too.
+    with tables.locked(file):
+        table = tables.read_all(file)
+        table = tables.merged(table, target.arch, triton_version(), measured(target), new)
+        tables.write(file, table)
