@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -392,3 +394,14 @@ def test_a_broken_backward_of_the_stem_is_caught(
     assert len(calls) == checked, "the broken kernel was launched after its check"
     with pytest.raises(RuntimeError, match="'triton' was asked for, but its kernel failed"):
         train_once(stem("train", "triton"), IMAGES)
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a number without an account, in a container."""
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTVIT_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert trust.cache_directory() == Path(tempfile.gettempdir(), f"fastvit-{os.getuid()}")

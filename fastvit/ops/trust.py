@@ -229,12 +229,18 @@ def source_hash(*files: Path) -> str:
 
 
 def cache_directory() -> Path:
-    """``FASTVIT_CACHE``, else ``fastvit`` in the user's cache directory."""
+    """``FASTVIT_CACHE``, else ``fastvit`` in the user's cache directory, or a temporary one without a
+    home.
+    """
     chosen = os.environ.get("FASTVIT_CACHE")
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fastvit"
+    try:
+        return Path(base).expanduser() / "fastvit"
+    except RuntimeError:
+        # In a container a user may have no home.
+        return Path(tempfile.gettempdir(), f"fastvit-{os.getuid()}")
 
 
 def _cache_file() -> Path:
