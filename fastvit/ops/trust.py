@@ -229,8 +229,8 @@ def source_hash(*files: Path) -> str:
 
 
 def cache_directory() -> Path:
-    """``FASTVIT_CACHE``, else ``fastvit`` in the user's cache directory, or a temporary one without a
-    home.
+    """``FASTVIT_CACHE``, else ``fastvit`` in the user's cache directory; without a home, one among
+    the temporary files.
     """
     chosen = os.environ.get("FASTVIT_CACHE")
     if chosen:
