@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,49 @@ class TestWorkingSet:
         for size in sizes:
             # The set that is used next was used this many bytes ago.
             assert (device.copies(size) - 1) * size >= 2 * self.L2 or size > 2 * self.L2
+
+
+class FakeGraphs:
+    """PyTorch's captures as they end: one that fails leaves its stream and the generator behind."""
+
+    def __init__(self, patch: Any) -> None:
+        self.stream, self.capturing, self.captured = "main", False, 0
+        cuda = gpu("cuda")
+        for name, value in {
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "current_stream": lambda: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "synchronize": lambda: None,
+            "graph": self.graph,
+        }.items():
+            patch.setattr(cuda.torch.cuda, name, value)
+        patch.setattr(cuda, "_side_stream", nullcontext)
+        zeros = cuda.torch.zeros
+        patch.setattr(cuda.torch, "zeros", lambda *shape, device: zeros(*shape))
+
+    @contextmanager
+    def graph(self, graph: Any) -> Any:
+        before, self.stream, self.capturing = self.stream, "capture", True
+        yield
+        self.stream, self.capturing, self.captured = before, False, self.captured + 1
+
+
+class TestCapture:
+    def test_one_that_fails_leaves_nothing_behind(self, monkeypatch):
+        fake, cuda = FakeGraphs(monkeypatch), gpu("cuda")
+
+        def synchronizes() -> None:
+            if fake.capturing:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            cuda.GPU.__new__(cuda.GPU).capture(synchronizes)
+        assert (fake.stream, fake.capturing) == ("main", False)
+
+    def test_one_that_succeeds_is_the_only_one(self, monkeypatch):
+        fake, cuda = FakeGraphs(monkeypatch), gpu("cuda")
+        _, out = cuda.GPU.__new__(cuda.GPU).capture(lambda: "made")
+        assert (out, fake.captured) == ("made", 1)
 
 
 class Library:

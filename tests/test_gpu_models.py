@@ -158,6 +158,13 @@ class TestContests:
         assert found["status"] == "failed"
         assert all("no such kernel" in problem for problem in found["problems"])
 
+    def test_convolutions_are_the_fastest_of_cudnn(self, held, ours):
+        seen = set()
+        ours("ViT_C", lambda *_: seen.add(torch.backends.cudnn.benchmark))
+        held()
+        assert True in seen
+        assert torch.backends.cudnn.benchmark is False
+
     def test_too_little_memory_is_no_fault(self, held, ours):
         ours("ViT_P", raises(torch.OutOfMemoryError("too large")))
         found = held()
