@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from gpu_dry import gpu
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -295,3 +296,28 @@ class TestRunTime:
         assert clock.limits[1] == pytest.approx(second + driver.GRACE)
         last = driver.BUDGET - (len(shares) - 1)
         assert clock.limits[-1] == pytest.approx(last + driver.GRACE)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+    def test_peers_of_the_stem_get_images_as_they_take_them(self, device, tmp_path, mode):
+        """So that a change of the layout is in nobody's time."""
+        problem = device.plan.stems_timed[0][0]
+        record = gpu("record").Record(tmp_path, "stem", 100.0)
+        contest = gpu("stem").Contest(device, record, problem, "bfloat16", mode)
+        given = {}
+
+        def note(name: str) -> Any:
+            def hook(_: Any, images: tuple[torch.Tensor]) -> None:
+                planar = images[0].is_contiguous()
+                given.setdefault(name, set()).add("planar" if planar else "channels_last")
+
+            return hook
+
+        peers = {name: m for name, m in contest.eager().items() if name != "fastvit"}
+        for name, module in peers.items():
+            module.register_forward_pre_hook(note(name))
+            contest._calls(module, 1)[0]()
+        assert given.pop("eager") == {"planar"}
+        assert given
+        assert all(layouts == {"channels_last"} for layouts in given.values())
