@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_dry import gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -321,3 +322,25 @@ class TestLayouts:
         assert given.pop("eager") == {"planar"}
         assert given
         assert all(layouts == {"channels_last"} for layouts in given.values())
+
+
+class TestUint8Chain:
+    def test_normalises_in_one_tensor_of_half_precision(self, device):
+        """More of them, or in float32, would be a slow peer."""
+        problem = device.plan.embeddings[0][0]
+        chain = gpu("patch_peers").Linear(device, problem, torch.bfloat16)
+        images = gpu("patch_compare").images(device, problem, torch.uint8)
+        made: list[torch.Tensor] = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+                out = func(*args, **(kwargs or {}))
+                made.append(out)
+                return out
+
+        with Watch():
+            chain.normalized(images)
+        assert {x.dtype for x in made} == {torch.bfloat16}
+        assert len({x.data_ptr() for x in made}) == 1
+        exact = (images.double() / 255 - chain.mean) / chain.std
+        assert (made[-1] - exact).abs().max() < 0.05
