@@ -70,8 +70,10 @@ def _key(stage: str, case: dict[str, Any]) -> Key:
     shape = case.get("shape") or {}
     rest = {name: value for name, value in shape.items() if name not in ("label", "B")}
     words = [_text(name, value) for name, value in rest.items() if value is not None]
-    what = [shape.get("label"), case.get("what"), case.get("size"), case.get("name")]
-    what += [case.get("call"), case.get("pixels")]
+    if "image_size" in case:
+        words.append(f"{case['image_size']} px")
+    what = [shape.get("label"), case.get("what"), case.get("pair"), case.get("size")]
+    what += [case.get("name"), case.get("call"), case.get("pixels"), case.get("way")]
     return Key(
         stage,
         " ".join(str(part) for part in (stage, *what) if part),
