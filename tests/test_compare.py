@@ -240,6 +240,15 @@ def test_a_slower_kernel_is_found(tell):
     assert last_line(told) == "0 slower, 0 faster, 8 within the spread"
 
 
+@pytest.mark.parametrize("sample", [0.0, -1e-3, float("nan"), float("inf"), "0.001"])
+def test_a_sample_that_is_no_time_is_refused(tell, sample):
+    doctored = made.contests(3)
+    doctored["contests"][0]["seconds"]["fastvit"][0] = sample
+    told = tell(made.contests(2), doctored)
+    assert told.status == 2
+    assert f"fastvit: expected seconds, got {sample!r}" in told.err
+
+
 @pytest.mark.parametrize("name", ["median", "q20", "q80", "share"])
 def test_a_figure_that_its_samples_do_not_give_is_refused(tell, name):
     honest, doctored = {"kernels": made.stage(0)}, {"kernels": made.stage(1)}

@@ -178,6 +178,33 @@ class TestSamples:
         with pytest.raises(bench("figures.load").Doctored, match=f"kernels: {name} is"):
             performance.check(checkout)
 
+    def test_so_are_images_per_second_of_a_gpu_run(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+
+        def faster(data):
+            data["models"]["cases"][0]["contenders"]["fastvit convit"]["images_per_s"] *= 1.1
+
+        edit(folder / "models.json", faster)
+        with pytest.raises(bench("figures.load").Doctored, match="fastvit convit: images_per_s is"):
+            performance.check(checkout)
+
+    def test_so_is_a_share_of_a_floor(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+
+        def fuller(data):
+            times = data["kernels"]["cases"][0]["contenders"]["fastvit"]
+            times.update(floor=0.5 * times["median"], share=0.9)
+
+        edit(folder / "kernels.json", fuller)
+        with pytest.raises(bench("figures.load").Doctored, match="fastvit: share is 0.9"):
+            performance.check(checkout)
+
+    def test_so_are_stages_of_two_commits(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+        edit(folder / "models.json", lambda data: data["models"]["machine"].update(commit="f00"))
+        with pytest.raises(bench("figures.load").Doctored, match="several runs: .*f00"):
+            performance.check(checkout)
+
     def test_the_command_says_so_and_fails(self, performance, checkout, monkeypatch, capsys):
         edit(checkout / RESULTS / EPOCH, lambda data: data["rows"][0].update(speedup=2.0))
         monkeypatch.setattr(performance, "ROOT", checkout)
