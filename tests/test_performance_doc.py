@@ -196,13 +196,13 @@ class TestSamples:
             times.update(floor=0.5 * times["median"], share=0.9)
 
         edit(folder / "kernels.json", fuller)
-        with pytest.raises(bench("figures.load").Doctored, match="fastvit: share is 0.9"):
+        with pytest.raises(bench("figures.load").Doctored, match=r"fastvit: share is 0\.9"):
             performance.check(checkout)
 
     def test_so_are_stages_of_two_commits(self, performance, bench, checkout):
         folder = gpu_run(checkout)
         edit(folder / "models.json", lambda data: data["models"]["machine"].update(commit="f00"))
-        with pytest.raises(bench("figures.load").Doctored, match="several runs: .*f00"):
+        with pytest.raises(bench("figures.load").Doctored, match=r"several runs: .*f00"):
             performance.check(checkout)
 
     def test_the_command_says_so_and_fails(self, performance, checkout, monkeypatch, capsys):
