@@ -148,8 +148,8 @@ NOTES = (
     "At most: the library's time over that of the layer's matrix products or convolutions alone, "
     "in PyTorch's fastest form here: no implementation on these libraries gains more.",
     "Otherwise: the library's layer under torch.compile, or its stem in channels_last if that is "
-    "faster, over fastvit, both forward; below 1 fastvit is slower. Memory: peak of what a training "
-    "step allocates, fastvit over library.",
+    "faster, over fastvit, both forward; below 1 fastvit is slower. Memory: peak of what a "
+    "training step allocates, fastvit over library.",
     "ConViT ÷ DeiT: images per second in inference; timm: both models timm's; fastvit: fastvit's "
     "ConViT over timm's DeiT. Equal work: what equal time per multiply-add would give.",
 )
