@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -297,6 +298,20 @@ class TestRunTime:
         assert clock.limits[1] == pytest.approx(second + driver.GRACE)
         last = driver.BUDGET - (len(shares) - 1)
         assert clock.limits[-1] == pytest.approx(last + driver.GRACE)
+
+
+class TestRecord:
+    def test_is_on_disk_after_each_case_and_indented_in_the_end(self, tmp_path):
+        """Indenting takes seconds of a stage, and is for those who read what is committed."""
+        record = gpu("record").Record(tmp_path, "kernels", 1.0)
+        path = tmp_path / "kernels.json"
+        for count in (1, 2):
+            record.add(name="case")
+            text = path.read_text("utf-8")
+            assert len(json.loads(text)["kernels"]["cases"]) == count
+            assert text.count("\n") == 1
+        assert record.close()
+        assert path.read_text("utf-8").count("\n") > 10
 
 
 class TestLayouts:
