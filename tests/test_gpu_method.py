@@ -314,6 +314,36 @@ class TestRecord:
         assert path.read_text("utf-8").count("\n") > 10
 
 
+class TestCeilings:
+    @pytest.fixture
+    def record(self, tmp_path):
+        return lambda name, seconds: gpu("record").Record(tmp_path, name, seconds)
+
+    def test_every_dtype_has_one_however_late(self, device, record):
+        late = record("ceilings", -1.0)
+        gpu("ceilings").run(device, late)
+        late.close()
+        assert late.data["missed"]
+        assert len(late.data["ceilings"]["rates"]) == 4
+        assert gpu("ceilings").read(record("kernels", 1.0)) == late.data["ceilings"]
+
+    def test_what_fails_beside_them_costs_no_floors(self, device, record):
+        ceilings = gpu("ceilings")
+        done = record("ceilings", 100.0)
+        ceilings.run(device, done)
+        done.fail("no graph took a launch")
+        done.close()
+        assert ceilings.read(record("kernels", 1.0)) == done.data["ceilings"]
+
+    def test_a_dtype_without_a_rate_leaves_none(self, device, record, monkeypatch):
+        ceilings = gpu("ceilings")
+        monkeypatch.setattr(ceilings, "_product", lambda *_: 0.0)
+        done = record("ceilings", 100.0)
+        ceilings.run(device, done)
+        done.close()
+        assert ceilings.read(record("kernels", 1.0)) is None
+
+
 class TestLayouts:
     @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
     def test_peers_of_the_stem_get_images_as_they_take_them(self, device, tmp_path, mode):
