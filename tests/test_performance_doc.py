@@ -66,8 +66,8 @@ def replaced(path, pattern, new):
     path.write_text(text, "utf-8")
 
 
-def gpu_run(root, **more):
-    folder = root / RESULTS / "nvidia-h999" / "2026-11-30-0123456789ab"
+def gpu_run(root, *, commit="0123456789ab", **more):
+    folder = root / RESULTS / "nvidia-h999" / f"2026-11-30-{commit}"
     folder.mkdir(parents=True)
     found = {name: {**stage, **more} for name, stage in gpu_results.records().items()}
     files = {"machine.json": ("ceilings",), "peers.json": ("peers",), "models.json": ("models",),
@@ -211,6 +211,17 @@ class TestSamples:
         monkeypatch.setattr(sys, "argv", ["performance.py", "--check"])
         assert performance.main() == 1
         assert capsys.readouterr().out.startswith("refused: DeiT-S: speedup is 2.0, its samples")
+
+
+class TestNewest:
+    def test_of_two_runs_of_a_day_the_later_counts(self, bench, checkout):
+        """Folders of a day are in the order of their commits, which says nothing."""
+        gpu_run(checkout, commit="ffffffffffff", date="2026-11-30T09:00:00+0000")
+        later = gpu_run(checkout, commit="0123456789ab", date="2026-11-30T10:00:00+0100")
+        last = gpu_run(checkout, commit="7" * 12, date="2026-11-30T09:30:00+0000")
+        (run,) = bench("figures.sources").gpu_runs(checkout)
+        assert run.path == last
+        assert later < last
 
 
 class TestStale:
