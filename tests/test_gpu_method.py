@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import time
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -312,6 +313,26 @@ class TestRecord:
             assert text.count("\n") == 1
         assert record.close()
         assert path.read_text("utf-8").count("\n") > 10
+
+
+class TestSanitizer:
+    def test_a_tool_that_hangs_costs_only_itself(self, device, tmp_path, monkeypatch):
+        """Though what it watches goes on and keeps its output open."""
+        sanitizer = gpu("sanitizer")
+        record = gpu("record").Record(tmp_path, "sanitizer", 100.0)
+        monkeypatch.setattr(sanitizer, "_TOOLS", ("memcheck", "racecheck"))
+        monkeypatch.setattr(sanitizer, "_prepare", lambda *_: [0])
+        monkeypatch.setattr(type(record), "left", lambda self: 0.0)
+        tools = {"memcheck": "sleep 8 & echo 'ran 0'; sleep 8", "racecheck": "echo 'ran 0'"}
+        monkeypatch.setattr(type(device), "sanitizer", lambda _, tool: ["sh", "-c", tools[tool]])
+        monkeypatch.setattr(sanitizer, "_LATE", 0.5)
+        start = time.monotonic()
+        sanitizer.run(device, record)
+        assert time.monotonic() - start < 6
+        assert record.data["missed"] == ["memcheck"]
+        first, second = record.data["cases"]
+        assert (first["outcome"], first["output"]) == ("not reached in time", "ran 0\n")
+        assert second["calls"] == 1
 
 
 class TestCeilings:
