@@ -32,6 +32,9 @@ def read_gpu(content: dict[str, Any], results: Results) -> None:
         doubt = f"{results.path}: a dry run, whose times mean nothing"
         if record.get("dry") and doubt not in results.doubts:
             results.doubts.append(doubt)
+        if record["status"] not in ("ok", "not reached"):
+            first = (record.get("problems") or ["no reason given"])[0].splitlines()[0][:200]
+            results.notes.append(f"{results.path}: stage {stage} {record['status']}: {first}")
         for case in record.get("cases", []):
             _case(stage, case, results)
 
