@@ -224,6 +224,19 @@ class TestNewest:
         assert later < last
 
 
+class TestFailed:
+    def test_stages_that_failed_are_named(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+        tables = bench("figures.graphics").tables
+        assert "failed" not in tables(checkout, checkout)
+        fault = "S core, fastvit: 130 % of its floor: a fault of the measurement"
+        edit(
+            folder / "kernels.json",
+            lambda data: data["kernels"].update(status="failed", problems=[fault]),
+        )
+        assert f"**Stages that failed: kernels ({fault}).**" in tables(checkout, checkout)
+
+
 class TestStale:
     def test_sources_that_changed_since_are_named(self, performance, bench, checkout):
         now = bench("gpu.fingerprint").fingerprint(checkout)
