@@ -241,6 +241,7 @@ def _leave_capture(stream: torch.cuda.Stream) -> None:
         torch.cuda.synchronize()
         # The end of a capture that succeeds puts the generator back.
         x = torch.zeros(1, device="cuda")
+        x.add_(1.0)  # loaded before the capture
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             x.add_(1.0)
 
