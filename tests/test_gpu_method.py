@@ -217,6 +217,10 @@ class TestClocks:
         assert text.startswith(f"1 contests: {last} to 1980 MHz, 40 to 40 °C, read")
         assert ("| kernels core bfloat16 forward | 1980 | 1500 |" in text) is not steady
 
+    def test_contests_of_models_have_names_of_their_own(self):
+        plan, name = gpu("model_plan").FULL, gpu("summary_checks").contest
+        assert len({name(contest._asdict()) for contest in plan}) == len(plan)
+
     def test_no_library_is_no_fault(self, device, tmp_path):
         cuda = gpu("cuda")
         real = cuda.GPU.__new__(cuda.GPU)
