@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -32,12 +31,8 @@ def dry(out: Path, *stages: str, **environment: str) -> subprocess.CompletedProc
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
-    """Of every stage by name."""
-    names = {stage.name for stage in gpu("stages").STAGES}
-    found: dict[str, dict[str, Any]] = {}
-    for file in out.glob("*.json"):
-        found.update(json.loads(file.read_text("utf-8")))
-    return {name: record for name, record in found.items() if name in names}
+    """Of every stage by name. Other files have a "machine", too, which is no stage."""
+    return gpu("record").read_all(out)
 
 
 def gpu(module: str) -> Any:
