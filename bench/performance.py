@@ -32,6 +32,7 @@ def maker(root: Path, document: str) -> documents.Make:
         "gpu state": lambda: graphics.state(root),
         "published": cited.published_table,
         "published range": cited.published_range,
+        "published gpu range": cited.published_gpu_range,
         "predicted": lambda: predicted.table(root),
     }
     return documents.maker(blocks, lambda name: processor.figure(root, name))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -32,13 +31,8 @@ def dry(out: Path, *stages: str, **environment: str) -> subprocess.CompletedProc
 
 
 def results(out: Path) -> dict[str, dict[str, Any]]:
-    """Of every stage by name."""
-    found: dict[str, dict[str, Any]] = {}
-    # Other files have parts of the same names.
-    for file in {stage.file for stage in gpu("stages").STAGES}:
-        if (out / file).exists():
-            found.update(json.loads((out / file).read_text("utf-8")))
-    return found
+    """Of every stage by name. Other files have a "machine", too, which is no stage."""
+    return gpu("record").read_all(out)
 
 
 def gpu(module: str) -> Any:

@@ -46,6 +46,18 @@ def test_ratios_are_of_the_best_rounds() -> None:
     assert outcome.peaks == {contests.LIBRARY: 4 * 4096, contests.FASTVIT: 4 * 1024}
 
 
+def test_the_table_has_the_library_at_its_fastest() -> None:
+    runs = {
+        contests.LIBRARY: sleeping(0.04),
+        contests.FASTVIT: sleeping(0.02),
+        contests.COMPILED: sleeping(0.03),
+        contests.CHANNELS_LAST: sleeping(0.01),
+    }
+    outcome = modules.measure(entry(runs=runs, memory={}), timed=True)
+    assert outcome.fastest_other() == outcome.ratio(contests.CHANNELS_LAST) < 1.0
+    assert f"| {outcome.fastest_other():.2f}x |" in modules.tables([outcome], markdown=True)[0]
+
+
 def test_contenders_take_turns() -> None:
     order = []
     runs = {name: (lambda name=name: order.append(name)) for name in ("library", "fastvit", "x")}

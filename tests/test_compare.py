@@ -240,6 +240,25 @@ def test_a_slower_kernel_is_found(tell):
     assert last_line(told) == "0 slower, 0 faster, 8 within the spread"
 
 
+def test_a_stage_that_failed_is_told(tell):
+    """Its figures may be those of a fault: more than their floor allows, for one."""
+    fault = "S core, fastvit: 130 % of its floor: a fault of the measurement"
+    failed = {**made.stage(1), "status": "failed", "problems": [fault]}
+    told = tell({"kernels": made.stage(0)}, {"kernels": failed})
+    said = " ".join(told.out.split())
+    assert f"b.json: stage kernels failed: {fault}" in said
+    assert "a.json: stage" not in said
+
+
+@pytest.mark.parametrize("sample", [0.0, -1e-3, float("nan"), float("inf"), "0.001"])
+def test_a_sample_that_is_no_time_is_refused(tell, sample):
+    doctored = made.contests(3)
+    doctored["contests"][0]["seconds"]["fastvit"][0] = sample
+    told = tell(made.contests(2), doctored)
+    assert told.status == 2
+    assert f"fastvit: expected seconds, got {sample!r}" in told.err
+
+
 @pytest.mark.parametrize("name", ["median", "q20", "q80", "share"])
 def test_a_figure_that_its_samples_do_not_give_is_refused(tell, name):
     honest, doctored = {"kernels": made.stage(0)}, {"kernels": made.stage(1)}

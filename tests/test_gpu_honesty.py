@@ -158,7 +158,8 @@ class TestStaleResults:
     def other(self, record, name: str = "ceilings", **changes: Any) -> None:
         """An earlier stage's results in the same folder."""
         found = {"status": "ok", "dry": True, "fingerprint": {"gpsa": "1"}, "machine": machine()}
-        found |= {"ceilings": {"bandwidth": 1.0, "rates": {}}, "cases": [], **changes}
+        rates = dict.fromkeys(("bfloat16", "float16", "tf32", "float32"), 1.0)
+        found |= {"ceilings": {"bandwidth": 1.0, "rates": rates}, "cases": [], **changes}
         gpu("record").update(record.folder, name, found)
 
     def test_of_the_same_run_are_used(self, record):

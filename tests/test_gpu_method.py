@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import time
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from gpu_dry import gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -117,6 +122,49 @@ class TestWorkingSet:
             assert (device.copies(size) - 1) * size >= 2 * self.L2 or size > 2 * self.L2
 
 
+class FakeGraphs:
+    """PyTorch's captures as they end: one that fails leaves its stream and the generator behind."""
+
+    def __init__(self, patch: Any) -> None:
+        self.stream, self.capturing, self.captured = "main", False, 0
+        cuda = gpu("cuda")
+        for name, value in {
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "current_stream": lambda: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "synchronize": lambda: None,
+            "graph": self.graph,
+        }.items():
+            patch.setattr(cuda.torch.cuda, name, value)
+        patch.setattr(cuda, "_side_stream", nullcontext)
+        zeros = cuda.torch.zeros
+        patch.setattr(cuda.torch, "zeros", lambda *shape, device: zeros(*shape))
+
+    @contextmanager
+    def graph(self, graph: Any) -> Any:
+        before, self.stream, self.capturing = self.stream, "capture", True
+        yield
+        self.stream, self.capturing, self.captured = before, False, self.captured + 1
+
+
+class TestCapture:
+    def test_one_that_fails_leaves_nothing_behind(self, monkeypatch):
+        fake, cuda = FakeGraphs(monkeypatch), gpu("cuda")
+
+        def synchronizes() -> None:
+            if fake.capturing:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            cuda.GPU.__new__(cuda.GPU).capture(synchronizes)
+        assert (fake.stream, fake.capturing) == ("main", False)
+
+    def test_one_that_succeeds_is_the_only_one(self, monkeypatch):
+        fake, cuda = FakeGraphs(monkeypatch), gpu("cuda")
+        _, out = cuda.GPU.__new__(cuda.GPU).capture(lambda: "made")
+        assert (out, fake.captured) == ("made", 1)
+
+
 class Library:
     """NVML's functions, of a GPU with these clocks."""
 
@@ -168,6 +216,10 @@ class TestClocks:
         text = gpu("summary_checks").clocks({"kernels": record.data})
         assert text.startswith(f"1 contests: {last} to 1980 MHz, 40 to 40 °C, read")
         assert ("| kernels core bfloat16 forward | 1980 | 1500 |" in text) is not steady
+
+    def test_contests_of_models_have_names_of_their_own(self):
+        plan, name = gpu("model_plan").FULL, gpu("summary_checks").contest
+        assert len({name(contest._asdict()) for contest in plan}) == len(plan)
 
     def test_no_library_is_no_fault(self, device, tmp_path):
         cuda = gpu("cuda")
@@ -251,3 +303,114 @@ class TestRunTime:
         assert clock.limits[1] == pytest.approx(second + driver.GRACE)
         last = driver.BUDGET - (len(shares) - 1)
         assert clock.limits[-1] == pytest.approx(last + driver.GRACE)
+
+
+class TestRecord:
+    def test_is_on_disk_after_each_case_and_indented_in_the_end(self, tmp_path):
+        """Indenting takes seconds of a stage, and is for those who read what is committed."""
+        record = gpu("record").Record(tmp_path, "kernels", 1.0)
+        path = tmp_path / "kernels.json"
+        for count in (1, 2):
+            record.add(name="case")
+            text = path.read_text("utf-8")
+            assert len(json.loads(text)["kernels"]["cases"]) == count
+            assert text.count("\n") == 1
+        assert record.close()
+        assert path.read_text("utf-8").count("\n") > 10
+
+
+class TestSanitizer:
+    def test_a_tool_that_hangs_costs_only_itself(self, device, tmp_path, monkeypatch):
+        """Though what it watches goes on and keeps its output open."""
+        sanitizer = gpu("sanitizer")
+        record = gpu("record").Record(tmp_path, "sanitizer", 100.0)
+        monkeypatch.setattr(sanitizer, "_TOOLS", ("memcheck", "racecheck"))
+        monkeypatch.setattr(sanitizer, "_prepare", lambda *_: [0])
+        monkeypatch.setattr(type(record), "left", lambda self: 0.0)
+        tools = {"memcheck": "sleep 8 & echo 'ran 0'; sleep 8", "racecheck": "echo 'ran 0'"}
+        monkeypatch.setattr(type(device), "sanitizer", lambda _, tool: ["sh", "-c", tools[tool]])
+        monkeypatch.setattr(sanitizer, "_LATE", 0.5)
+        start = time.monotonic()
+        sanitizer.run(device, record)
+        assert time.monotonic() - start < 6
+        assert record.data["missed"] == ["memcheck"]
+        first, second = record.data["cases"]
+        assert (first["outcome"], first["output"]) == ("not reached in time", "ran 0\n")
+        assert second["calls"] == 1
+
+
+class TestCeilings:
+    @pytest.fixture
+    def record(self, tmp_path):
+        return lambda name, seconds: gpu("record").Record(tmp_path, name, seconds)
+
+    def test_every_dtype_has_one_however_late(self, device, record):
+        late = record("ceilings", -1.0)
+        gpu("ceilings").run(device, late)
+        late.close()
+        assert late.data["missed"]
+        assert len(late.data["ceilings"]["rates"]) == 4
+        assert gpu("ceilings").read(record("kernels", 1.0)) == late.data["ceilings"]
+
+    def test_what_fails_beside_them_costs_no_floors(self, device, record):
+        ceilings = gpu("ceilings")
+        done = record("ceilings", 100.0)
+        ceilings.run(device, done)
+        done.fail("no graph took a launch")
+        done.close()
+        assert ceilings.read(record("kernels", 1.0)) == done.data["ceilings"]
+
+    def test_a_dtype_without_a_rate_leaves_none(self, device, record, monkeypatch):
+        ceilings = gpu("ceilings")
+        monkeypatch.setattr(ceilings, "_product", lambda *_: 0.0)
+        done = record("ceilings", 100.0)
+        ceilings.run(device, done)
+        done.close()
+        assert ceilings.read(record("kernels", 1.0)) is None
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+    def test_peers_of_the_stem_get_images_as_they_take_them(self, device, tmp_path, mode):
+        """So that a change of the layout is in nobody's time."""
+        problem = device.plan.stems_timed[0][0]
+        record = gpu("record").Record(tmp_path, "stem", 100.0)
+        contest = gpu("stem").Contest(device, record, problem, "bfloat16", mode)
+        given = {}
+
+        def note(name: str) -> Any:
+            def hook(_: Any, images: tuple[torch.Tensor]) -> None:
+                planar = images[0].is_contiguous()
+                given.setdefault(name, set()).add("planar" if planar else "channels_last")
+
+            return hook
+
+        peers = {name: m for name, m in contest.eager().items() if name != "fastvit"}
+        for name, module in peers.items():
+            module.register_forward_pre_hook(note(name))
+            contest._calls(module, 1)[0]()
+        assert given.pop("eager") == {"planar"}
+        assert given
+        assert all(layouts == {"channels_last"} for layouts in given.values())
+
+
+class TestUint8Chain:
+    def test_normalises_in_one_tensor_of_half_precision(self, device):
+        """More of them, or in float32, would be a slow peer."""
+        problem = device.plan.embeddings[0][0]
+        chain = gpu("patch_peers").Linear(device, problem, torch.bfloat16)
+        images = gpu("patch_compare").images(device, problem, torch.uint8)
+        made: list[torch.Tensor] = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+                out = func(*args, **(kwargs or {}))
+                made.append(out)
+                return out
+
+        with Watch():
+            chain.normalized(images)
+        assert {x.dtype for x in made} == {torch.bfloat16}
+        assert len({x.data_ptr() for x in made}) == 1
+        exact = (images.double() / 255 - chain.mean) / chain.std
+        assert (made[-1] - exact).abs().max() < 0.05

@@ -11,7 +11,9 @@ from gpu_dry import dry, gpu, results
 
 from fastvit.benchmark import weights
 from fastvit.benchmark.counter import count
+from fastvit.benchmark.figures import Results
 from fastvit.benchmark.library import build_fastvit
+from fastvit.benchmark.reading_gpu import read_gpu
 from fastvit.benchmark.rows import load_rows, select_rows
 
 
@@ -37,7 +39,7 @@ class TestDryRun:
         for case, (first, second) in zip(cases, gpu("model_plan").PAIRS.values(), strict=False):
             found = case["contenders"]
             names = {f"{library} {f}" for library in ("timm", "fastvit") for f in (first, second)}
-            names |= {f"fastvit {first} accelerated"}
+            names |= {f"fastvit {family} accelerated" for family in (first, second)}
             backends = ("flash", "cudnn", "efficient")
             names |= {f"timm {second} {backend}" for backend in backends}
             if first == "vit_c":
@@ -158,6 +160,13 @@ class TestContests:
         assert found["status"] == "failed"
         assert all("no such kernel" in problem for problem in found["problems"])
 
+    def test_convolutions_are_the_fastest_of_cudnn(self, held, ours):
+        seen = set()
+        ours("ViT_C", lambda *_: seen.add(torch.backends.cudnn.benchmark))
+        held()
+        assert True in seen
+        assert torch.backends.cudnn.benchmark is False
+
     def test_too_little_memory_is_no_fault(self, held, ours):
         ours("ViT_P", raises(torch.OutOfMemoryError("too large")))
         found = held()
@@ -176,6 +185,14 @@ class TestContests:
 
 
 class TestPlan:
+    def test_a_comparison_of_two_runs_tells_all_contests_apart(self):
+        plan = gpu("model_plan").FULL
+        times = {"median": 1.0, "q20": 1.0, "q80": 1.0, "samples": [1.0]}
+        cases = [{**c._asdict(), "contenders": {"fastvit": dict(times)}} for c in plan]
+        found = Results("run")
+        read_gpu({"models": {"status": "ok", "cases": cases}}, found)
+        assert len(found.figures) == len(plan)
+
     def test_the_targets_come_first(self):
         plan = gpu("model_plan")
         asked = {plan.Contest(plan.CONVIT, size) for size in plan.CONVITS}

@@ -66,8 +66,8 @@ def replaced(path, pattern, new):
     path.write_text(text, "utf-8")
 
 
-def gpu_run(root, **more):
-    folder = root / RESULTS / "nvidia-h999" / "2026-11-30-0123456789ab"
+def gpu_run(root, *, commit="0123456789ab", **more):
+    folder = root / RESULTS / "nvidia-h999" / f"2026-11-30-{commit}"
     folder.mkdir(parents=True)
     found = {name: {**stage, **more} for name, stage in gpu_results.records().items()}
     files = {"machine.json": ("ceilings",), "peers.json": ("peers",), "models.json": ("models",),
@@ -178,12 +178,63 @@ class TestSamples:
         with pytest.raises(bench("figures.load").Doctored, match=f"kernels: {name} is"):
             performance.check(checkout)
 
+    def test_so_are_images_per_second_of_a_gpu_run(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+
+        def faster(data):
+            data["models"]["cases"][0]["contenders"]["fastvit convit"]["images_per_s"] *= 1.1
+
+        edit(folder / "models.json", faster)
+        with pytest.raises(bench("figures.load").Doctored, match="fastvit convit: images_per_s is"):
+            performance.check(checkout)
+
+    def test_so_is_a_share_of_a_floor(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+
+        def fuller(data):
+            times = data["kernels"]["cases"][0]["contenders"]["fastvit"]
+            times.update(floor=0.5 * times["median"], share=0.9)
+
+        edit(folder / "kernels.json", fuller)
+        with pytest.raises(bench("figures.load").Doctored, match=r"fastvit: share is 0\.9"):
+            performance.check(checkout)
+
+    def test_so_are_stages_of_two_commits(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+        edit(folder / "models.json", lambda data: data["models"]["machine"].update(commit="f00"))
+        with pytest.raises(bench("figures.load").Doctored, match=r"several runs: .*f00"):
+            performance.check(checkout)
+
     def test_the_command_says_so_and_fails(self, performance, checkout, monkeypatch, capsys):
         edit(checkout / RESULTS / EPOCH, lambda data: data["rows"][0].update(speedup=2.0))
         monkeypatch.setattr(performance, "ROOT", checkout)
         monkeypatch.setattr(sys, "argv", ["performance.py", "--check"])
         assert performance.main() == 1
         assert capsys.readouterr().out.startswith("refused: DeiT-S: speedup is 2.0, its samples")
+
+
+class TestNewest:
+    def test_of_two_runs_of_a_day_the_later_counts(self, bench, checkout):
+        """Folders of a day are in the order of their commits, which says nothing."""
+        gpu_run(checkout, commit="ffffffffffff", date="2026-11-30T09:00:00+0000")
+        later = gpu_run(checkout, commit="0123456789ab", date="2026-11-30T10:00:00+0100")
+        last = gpu_run(checkout, commit="7" * 12, date="2026-11-30T09:30:00+0000")
+        (run,) = bench("figures.sources").gpu_runs(checkout)
+        assert run.path == last
+        assert later < last
+
+
+class TestFailed:
+    def test_stages_that_failed_are_named(self, performance, bench, checkout):
+        folder = gpu_run(checkout)
+        tables = bench("figures.graphics").tables
+        assert "failed" not in tables(checkout, checkout)
+        fault = "S core, fastvit: 130 % of its floor: a fault of the measurement"
+        edit(
+            folder / "kernels.json",
+            lambda data: data["kernels"].update(status="failed", problems=[fault]),
+        )
+        assert f"**Stages that failed: kernels ({fault}).**" in tables(checkout, checkout)
 
 
 class TestStale:

@@ -83,3 +83,10 @@ def published_range() -> str:
     (table,) = (t for t in published()["tables"] if "pt291-cu128-4090.csv" in t["file"])
     values = published_ratios(table).values()
     return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def published_gpu_range() -> str:
+    """The range of all tables of GPUs, for a sentence."""
+    tables = [t for t in published()["tables"] if t["hardware"].startswith("RTX")]
+    values = [value for table in tables for value in published_ratios(table).values()]
+    return f"{min(values):.2f} to {max(values):.2f}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpu.cells import NOTHING, markdown, median, share, spread
+from gpu.record import MISSED
 
 from figures import gpu, load, models
 from figures.pairs import OPS, Pair, pairs
@@ -46,7 +47,18 @@ def _tables(run: Source, base: Path) -> str:
 
 def _head(run: Source, base: Path) -> str:
     line = gpu.head_line(run.data)
-    return f"*{line} · `make gpu` · samples: [{run.path.name}]({run.link(base)})*" + run.stale()
+    source = f"*{line} · `make gpu` · samples: [{run.path.name}]({run.link(base)})*"
+    return source + run.stale() + _failures(run)
+
+
+def _failures(run: Source) -> str:
+    """A paragraph of the stages that failed, whose figures stand below all the same; or nothing."""
+    said = [
+        f"{stage} ({(record.get('problems') or ['no reason'])[0].splitlines()[0][:200]})"
+        for stage, record in run.data.items()
+        if record.get("status") not in ("ok", MISSED)
+    ]
+    return f"\n\n**Stages that failed: {'; '.join(said)}.**" if said else ""
 
 
 def _row(pair: Pair) -> list[str]:

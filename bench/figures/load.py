@@ -82,12 +82,19 @@ def _result(saved: Mapping[str, Any]) -> Result:
 
 
 def check_records(records: Mapping[str, Any]) -> None:
-    """Medians and quantiles of a run of ``make gpu``.
+    """Medians and quantiles of a run of ``make gpu``, and what follows from them.
 
     Raises:
-        Doctored: one is not that of its samples, or a stage that was a dry run stands among them.
+        Doctored: one is not that of its samples, or stages of two commits or GPUs stand together,
+            of which a document would name one.
     """
+    origins = {_origin(record) for record in records.values() if record.get("machine")}
+    if len(origins) > 1:
+        raise Doctored(f"stages of several runs: {'; '.join(sorted(map(str, origins)))}")
     for stage, record in records.items():
+        for case in record.get("cases", []):
+            for name, times in case.get("contenders", {}).items():
+                _check_derived(f"{stage}, {name}", case, times)
         for times in _times(record):
             samples = times["samples"]
             expected = {"median": statistics.median(samples)}
@@ -97,6 +104,23 @@ def check_records(records: Mapping[str, Any]) -> None:
             for name, value in expected.items():
                 if not _same(value, times[name]):
                     raise Doctored(f"{stage}: {name} is {times[name]}, its samples give {value}")
+
+
+def _origin(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    machine = record["machine"]
+    return machine.get("gpu"), machine.get("commit"), machine.get("dirty")
+
+
+def _check_derived(name: str, case: Mapping[str, Any], times: Mapping[str, Any]) -> None:
+    """Speed and share of the floor of one contender, by its median."""
+    expected = {}
+    if "images_per_s" in times:
+        expected["images_per_s"] = case["batch"] / times["median"]
+    if "floor" in times:
+        expected["share"] = times["floor"] / times["median"]
+    for key, value in expected.items():
+        if not _same(value, times.get(key)):
+            raise Doctored(f"{name}: {key} is {times.get(key)}, its median gives {value}")
 
 
 def _times(found: Any) -> Iterator[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from gpu.fingerprint import fingerprint
 from gpu.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
+
+_NEVER = datetime.min.replace(tzinfo=timezone.utc)
 
 #: Folders of processors, the one whose figures come first at the head. What a processor can do and
 #: its name does not say stands here.
@@ -133,11 +136,19 @@ def _source(path: Path, root: Path) -> Source:
 def gpu_runs(root: Path) -> list[Source]:
     """The newest run of each GPU; dry runs are none."""
     found: dict[str, Source] = {}
-    for file in sorted((root / "bench" / "results").glob("*/*/machine.json")):
-        records = _records(file.parent)
-        if not any(record.get("dry") for record in records.values()):
-            found[file.parts[-3]] = Source(file.parent, records, root)
+    folders = [file.parent for file in (root / "bench" / "results").glob("*/*/machine.json")]
+    runs = [(folder, _records(folder)) for folder in folders]
+    measured = [run for run in runs if not any(record.get("dry") for record in run[1].values())]
+    # Two of one day have only their time to tell which is newer; their folders end in the commit.
+    for folder, records in sorted(measured, key=lambda run: (_date(run[1]), run[0])):
+        found[folder.parent.name] = Source(folder, records, root)
     return [found[gpu] for gpu in sorted(found)]
+
+
+def _date(records: dict[str, Any]) -> datetime:
+    """When its last stage began."""
+    dates = [r["date"] for r in records.values() if r.get("date")]
+    return max((datetime.strptime(d, "%Y-%m-%dT%H:%M:%S%z") for d in dates), default=_NEVER)
 
 
 def _records(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -106,9 +106,13 @@ class GPU:
         with self.stream():
             for _ in range(2):
                 call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = call()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                out = call()
+        except Exception:
+            _leave_capture(stream)
+            raise
         return graph.replay, out
 
     def clocks(self) -> dict[str, float]:
@@ -225,6 +229,21 @@ class GPU:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+def _leave_capture(stream: torch.cuda.Stream) -> None:
+    """What a capture that failed leaves undone: PyTorch stays on the capture's stream, and its
+    generator in the state of a capture, in which every later random number is an error.
+    """
+    torch.cuda.set_stream(stream)
+    # The error of the capture is the one to report.
+    with suppress(RuntimeError):
+        torch.cuda.synchronize()
+        # The end of a capture that succeeds puts the generator back.
+        x = torch.zeros(1, device="cuda")
+        x.add_(1.0)  # loaded before the capture
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(1.0)
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from gpu.calls import Call, Sample
 from gpu.cuda import GPU
 from gpu.processor import Processor
 
-__all__ = ["GPU", "Call", "Device", "Processor", "Sample", "open_device", "tf32"]
+__all__ = [
+    "GPU", "Call", "Device", "Processor", "Sample", "fastest_convolutions", "open_device", "tf32",
+]  # fmt: skip
 
 Device = GPU | Processor
 
@@ -42,3 +44,14 @@ def tf32(wanted: bool) -> Iterator[None]:
     finally:
         for setting, old in zip(settings, before, strict=True):
             setting.fp32_precision = old
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """cuDNN times its algorithms for a shape that it meets first, rather than guess."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -14,7 +14,7 @@ import torch
 import fastvit
 from fastvit.testing import Agreement
 from gpu import ceilings, floors, model_floors
-from gpu.device import Call, Device, tf32
+from gpu.device import Call, Device, fastest_convolutions, tf32
 from gpu.model_calls import Training, check_training, inference, pinned_to
 from gpu.model_contenders import Contender, contenders, random_images, side
 from gpu.model_plan import COMPILED, EAGER, PAIRS, Contest, contests
@@ -69,7 +69,9 @@ def _contest(
             record.fail(f"{contest.name}, not timed: {'; '.join(wrong)}")
             return
     held = list(contenders(contest, (first, second)))
-    found = compete(device, _makers(device, record, contest, held, images, checks), graphs=False)
+    makers = _makers(device, record, contest, held, images, checks)
+    with fastest_convolutions():
+        found = compete(device, makers, graphs=False)
     for contender in held:
         for name in (contender.name, f"{contender.name} graph"):
             if name in found:

@@ -52,6 +52,12 @@ class Portable(Tokens):
 class Chain(Tokens, ABC):
     """Operators of PyTorch, one after the other."""
 
+    def __init__(self, device: Device, problem: Embedding, dtype: torch.dtype) -> None:
+        super().__init__(device, problem, dtype)
+        # Of bytes, not of fractions.
+        self.register_buffer("shift", (255.0 * self.mean).to(dtype))
+        self.register_buffer("scale", (255.0 * self.std).to(dtype))
+
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = self.normalized(images)
@@ -61,7 +67,8 @@ class Chain(Tokens, ABC):
         return x + self.pos_embed
 
     def normalized(self, images: Tensor) -> Tensor:
-        return ((images.float() / 255.0 - self.mean) / self.std).to(self.weight.dtype)
+        """As timm's loader does it on a GPU: one tensor of the model's numbers, in place."""
+        return images.to(self.weight.dtype).sub_(self.shift).div_(self.scale)
 
     @abstractmethod
     def project(self, images: Tensor) -> Tensor:

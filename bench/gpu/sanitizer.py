@@ -6,12 +6,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from typing import IO
 
 from gpu.device import Device
 from gpu.record import Record
 
 _TOOLS = ("memcheck", "racecheck", "initcheck")
 _SHOWN = 3000
+# Seconds that a tool may take over the stage's time.
+_LATE = 20.0
 
 
 def run(device: Device, record: Record) -> None:
@@ -20,22 +24,31 @@ def run(device: Device, record: Record) -> None:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     sound = _prepare(script, len(device.plan.sanitized), record)
     script += map(str, sound)
-    running = {}
+    running: dict[str, tuple[subprocess.Popen[str], IO[str]]] = {}
     for tool in _TOOLS:
         prefix = device.sanitizer(tool)
         if isinstance(prefix, str):
             record.add(name=tool, outcome=f"not run: {prefix}")
             continue
-        running[tool] = subprocess.Popen(
+        # Not a pipe: what a tool watches outlives the tool, and would hold it open.
+        written = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        process = subprocess.Popen(
             [*prefix, *script], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=written, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    for tool, process in running.items():
+        running[tool] = process, written
+    for tool, (process, written) in running.items():
+        late = False
         try:
-            output, _ = process.communicate(timeout=max(record.left(), 1.0) + 20)
+            process.wait(timeout=max(record.left(), 1.0) + _LATE)
         except subprocess.TimeoutExpired:
             process.kill()
-            output, _ = process.communicate()
+            process.wait()
+            late = True
+        with written:
+            written.seek(0)
+            output = written.read()
+        if late:
             record.miss(tool)
             record.add(name=tool, outcome="not reached in time", output=output[-_SHOWN:])
             continue

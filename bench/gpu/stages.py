@@ -24,7 +24,7 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("build", "machine.json", 50, "the extension, for this card's architecture"),
+    Stage("build", "machine.json", 90, "the extension, for this card's architecture"),
     Stage("machine", "machine.json", 15, "processor, clocks, driver, versions, commit"),
     Stage("ceilings", "machine.json", 20, "bandwidth, matrix products, launches, exponentials"),
     Stage("agreement", "checks.json", 100, "every Triton kernel against float64"),

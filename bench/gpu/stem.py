@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvit.testing import agreement
 from gpu import ceilings, floors
@@ -138,12 +138,12 @@ class Contest:
     def _memory(self, modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
         """What a training step keeps and needs at its peak."""
         found: dict[str, dict[str, Any]] = {}
-        (x,) = self.sets[0]
         for name, module in modules.items():
+            x = _laid_out(module, self.sets[0][0])
             try:
                 out = module(x)
                 found[name] = self.device.memory(
-                    lambda module=module: module(x),
+                    lambda module=module, x=x: module(x),
                     list(module.parameters()),
                     torch.ones_like(out),
                 )
@@ -161,9 +161,8 @@ class Contest:
 
     def _calls(self, module: nn.Module, count: int) -> list[Call]:
         parameters = list(module.parameters())
-        return calls(
-            module, self.sets[:count], backward=MODES[self.mode], parameters=parameters, frozen=True
-        )
+        sets = [[_laid_out(module, x)] for (x,) in self.sets[:count]]
+        return calls(module, sets, backward=MODES[self.mode], parameters=parameters, frozen=True)
 
     def _refusal(self, name: str, module: nn.Module) -> str | None:
         """Why a contender is not timed, if it computes something else or crashes."""
@@ -178,7 +177,7 @@ class Contest:
                 expected = copy.deepcopy(self.plain).double()(few.double())
                 theirs = copy.deepcopy(self.plain)(few)
                 if whole:
-                    actual = module(x)[[0, -1]]
+                    actual = module(_laid_out(module, x))[[0, -1]]
                 else:
                     actual = copy.deepcopy(getattr(module, "_orig_mod", module))(few)
         # A finding about this contender; the others are still timed.
@@ -189,3 +188,10 @@ class Contest:
             floor = max(floor, ROUNDED[self.dtype])
         check = agreement(actual, theirs, expected, name=name, rms=True, floor=floor)
         return None if check.ok else str(check)
+
+
+def _laid_out(module: nn.Module, x: Tensor) -> Tensor:
+    """Images as a contender takes them, which costs it no time; ours are always planar."""
+    if getattr(module, "channels_last", False):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x

@@ -46,12 +46,15 @@ def our_layer(plain: reference.ConvStem, backend: str) -> fastvit.ConvStem:
 class ChannelsLast(nn.Module):
     """The library's layer in channels_last, the faster layout on recent GPUs."""
 
+    #: How it takes its images.
+    channels_last = True
+
     def __init__(self, plain: reference.ConvStem) -> None:
         super().__init__()
         self.layer = copy.deepcopy(plain).to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.contiguous(memory_format=torch.channels_last))
+        return self.layer(x)
 
 
 def stem_images(

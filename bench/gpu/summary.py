@@ -16,11 +16,13 @@ _HOW_TO_READ = """\
 Times are medians, with the 20th and 80th percentile, of rounds in which all contenders of a
 contest take turns. Inputs rotate through more memory than the L2 cache holds; *warm* is the same
 call over one set of inputs again and again, for small batches, whose data the call before may have
-left in the cache. *of floor*: the least time that the measured ceilings allow, over the time; it
-does not apply to warm times. *÷ fastvit*: the other's time over fastvit's in the same contest;
-above 1, fastvit is faster. *host*: what the processor needs to issue a call of fastvit. *kept*:
-memory held for the backward; *peak*: of a training step. A contender that computed something else,
-ran out of memory or refused is –; the JSON has the reason."""
+left in the cache. Whole models take two batches in turns, their CUDA graphs one; their weights may
+stay in the cache. *of floor*: the least time that the measured ceilings allow, over the time; it
+does not apply to warm times. Floors are of bytes and products alone: what takes a few microseconds
+is bounded by its launches, whose cost stands under the ceilings. *÷ fastvit*: the other's time over
+fastvit's in the same contest; above 1, fastvit is faster. *host*: what the processor needs to issue
+a call of fastvit. *kept*: memory held for the backward; *peak*: of a training step. A contender
+that computed something else, ran out of memory or refused is –; the JSON has the reason."""
 
 
 def write(out: Path, records: Records, picture: str, *, dry: bool) -> None:

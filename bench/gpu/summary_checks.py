@@ -56,7 +56,8 @@ def contest(case: dict[str, Any]) -> str:
     """A case by everything that names it."""
     shape = case.get("shape", {})
     sizes = (f"{k}={'x'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in shape.items())
-    names = (case.get(key) for key in ("size", "batch", "what", "dtype", "pixels", "mode", "call"))
+    keys = ("pair", "size", "batch", "what", "dtype", "pixels", "mode", "image_size", "way", "call")
+    names = (case.get(key) for key in keys)
     return " ".join([*sizes, *(str(name) for name in names if name)])
 
 

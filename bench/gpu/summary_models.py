@@ -18,7 +18,12 @@ def models(records: Records) -> str:
              "fastvit's first images/s", "by", "of floor", "fastest second images/s", "by",
              "of floor", "first ÷ second", "timm's first ÷ second", "fastvit ÷ timm, first",
              "kept GB, fastvit / timm"]  # fmt: skip
-    return markdown(heads, rows)
+    note = (
+        "First and second are the families of the pair. Each is its fastest contender, eager or in "
+        "a CUDA graph where the way is eager; of the second, of either library. A ratio compares "
+        "images/s: 1 is a first family that costs no speed."
+    )
+    return f"{markdown(heads, rows)}\n\n{note}" if rows else ""
 
 
 def _model(case: dict[str, Any]) -> list[str]:

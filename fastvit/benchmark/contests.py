@@ -24,6 +24,7 @@ from fastvit.ops.linear import linear
 from fastvit.testing import Agreement, agreement
 
 LIBRARY, FASTVIT, PRODUCTS, COMPILED = "library", "fastvit", "products", "torch.compile"
+CHANNELS_LAST = "channels_last"
 DEIT, FASTVIT_DEIT = "timm's DeiT", "fastvit's DeiT"
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -270,7 +271,7 @@ def _stem(training: bool) -> Callable[[torch.dtype, int], Contest]:
         runs = {
             LIBRARY: _forward(theirs, x),
             FASTVIT: _forward(ours, x),
-            "channels_last": _forward(theirs, channels_last),
+            CHANNELS_LAST: _forward(theirs, channels_last),
             COMPILED: _forward(torch.compile(theirs), x),
             PRODUCTS: _convolutions(theirs, channels_last),
         }

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from fastvit.benchmark.stated import Unreadable
 
 
 class Key(NamedTuple):
@@ -77,7 +80,14 @@ class Results:
     figures: dict[Key, Figure] = field(default_factory=dict)
 
     def add(self, figure: Figure) -> None:
-        """Keep a figure; of one that was measured twice, the first that has samples."""
+        """Keep a figure; of one that was measured twice, the first that has samples.
+
+        Raises:
+            Unreadable: a sample is no time.
+        """
+        for sample in figure.samples:
+            if not isinstance(sample, (int, float)) or not 0 < sample < math.inf:
+                raise Unreadable(f"{figure.key}: expected seconds, got {sample!r}")
         known = self.figures.get(figure.key)
         if known is None or (known.error and not figure.error):
             self.figures[figure.key] = figure

@@ -12,6 +12,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from fastvit.benchmark.contests import (
+    CHANNELS_LAST,
     COMPILED,
     DEIT,
     FASTVIT,
@@ -50,6 +51,11 @@ class Outcome:
         """How many times as long as ``to`` a contender takes."""
         mine, other = self.best(contender), self.best(to)
         return None if mine is None or other is None else mine / other
+
+    def fastest_other(self) -> float | None:
+        """How many times as long as fastvit the library's layer takes at its fastest."""
+        ratios = [r for r in map(self.ratio, (COMPILED, CHANNELS_LAST)) if r is not None]
+        return min(ratios, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -124,7 +130,7 @@ _COLUMNS = [
     Column("what", left=True),
     Column("dtype", left=True),
     *map(
-        Column, ("batch", "library ms", "fastvit ms", "speed-up", "at most", "compiled", "memory")
+        Column, ("batch", "library ms", "fastvit ms", "speed-up", "at most", "otherwise", "memory")
     ),
 ]
 _MODEL_COLUMNS = [
@@ -141,8 +147,9 @@ NOTES = (
     "PatchEmbed, models), torchvision (stem), eager.",
     "At most: the library's time over that of the layer's matrix products or convolutions alone, "
     "in PyTorch's fastest form here: no implementation on these libraries gains more.",
-    "Compiled: torch.compile of the library's layer over fastvit, both forward. Memory: peak of "
-    "what a training step allocates, fastvit over library.",
+    "Otherwise: the library's layer under torch.compile, or its stem in channels_last if that is "
+    "faster, over fastvit, both forward; below 1 fastvit is slower. Memory: peak of what a "
+    "training step allocates, fastvit over library.",
     "ConViT ÷ DeiT: images per second in inference; timm: both models timm's; fastvit: fastvit's "
     "ConViT over timm's DeiT. Equal work: what equal time per multiply-add would give.",
 )
@@ -162,7 +169,7 @@ def _row(o: Outcome) -> list[Cell]:
         *(_figure(m, "{:,.2f}") for m in milliseconds),
         _figure(o.ratio(LIBRARY), "{:.2f}x"),
         _figure(o.ratio(LIBRARY, PRODUCTS), "{:.2f}x"),
-        _figure(o.ratio(COMPILED), "{:.2f}x"),
+        _figure(o.fastest_other(), "{:.2f}x"),
         _figure(memory, "{:.2f}"),
     ]
 

@@ -65,7 +65,7 @@ Reader = Callable[[Any, Results], None]
 def _apply(reader: Reader, content: Any, results: Results, path: Path) -> None:
     try:
         reader(content, results)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise Unreadable(f"{path}: not as this version writes it ({what})") from error
     except Unreadable as error:

@@ -32,6 +32,9 @@ def read_gpu(content: dict[str, Any], results: Results) -> None:
         doubt = f"{results.path}: a dry run, whose times mean nothing"
         if record.get("dry") and doubt not in results.doubts:
             results.doubts.append(doubt)
+        if record["status"] not in ("ok", "not reached"):
+            first = (record.get("problems") or ["no reason given"])[0].splitlines()[0][:200]
+            results.notes.append(f"{results.path}: stage {stage} {record['status']}: {first}")
         for case in record.get("cases", []):
             _case(stage, case, results)
 
@@ -70,8 +73,10 @@ def _key(stage: str, case: dict[str, Any]) -> Key:
     shape = case.get("shape") or {}
     rest = {name: value for name, value in shape.items() if name not in ("label", "B")}
     words = [_text(name, value) for name, value in rest.items() if value is not None]
-    what = [shape.get("label"), case.get("what"), case.get("size"), case.get("name")]
-    what += [case.get("call"), case.get("pixels")]
+    if "image_size" in case:
+        words.append(f"{case['image_size']} px")
+    what = [shape.get("label"), case.get("what"), case.get("pair"), case.get("size")]
+    what += [case.get("name"), case.get("call"), case.get("pixels"), case.get("way")]
     return Key(
         stage,
         " ".join(str(part) for part in (stage, *what) if part),
