@@ -33,7 +33,7 @@ def table(root: Path) -> str:
     content = json.loads(newest.read_text("utf-8"))
     rows = {(r["kernel"], r["case"]): r for r in content["rows"] if r["arch"].startswith(_ARCH)}
     lines = [
-        f"*Predicted for {_CARD} by `bench/resource_model.py`, compiled by Triton "
+        f"*Predicted for {_CARD} by `kernels/ahead/model.py`, compiled by Triton "
         f"{content['triton']} for compute capability 9.0, half precision, batch 256; "
         "`make resources`.*",
         "",

@@ -10,7 +10,6 @@ from gpu.shapes import Embedding, Group, Shape, Stem
 def _dry() -> Plan:
     shape = Shape("S", 1, 1, 16, 16, (4, 4))
     stem = Stem("tiny", 2, (8, 8), (8, 16), (2, 2), 16)
-    model = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 1}
     return Plan(
         groups=(
             Group("4x5", "gpsa", 1, 1, 16, (4, 5), ("tokens", "misaligned"), ("float32",)),
@@ -30,10 +29,6 @@ def _dry() -> Plan:
         exponents=1024,
         rounds=2,
         hosted=1,
-        models=("tiny",),
-        batches=(2,),
-        model_options={"convit": {**model, "local_up_to_layer": 1}, "deit": model},
-        image_size=32,
         far=4096 + 64,
         embedded=((Embedding(2, 24, 4, (8, 12)), ("planar", "cropped")),),
         embedding_dtypes=("float32", "bfloat16"),

@@ -179,12 +179,13 @@ def _excused(error: str) -> bool:
 
 
 def _memory(device: Device, contender: Contender, images: torch.Tensor) -> dict[str, Any]:
-    """Of forward and backward, beyond parameters and images; what fails costs no times."""
+    """Of forward and backward, beyond parameters and images."""
     model = contender.model.train()
     leaves = [p for p in model.parameters() if p.requires_grad]
     cotangent = torch.ones(len(images), 1000, dtype=images.dtype, device=images.device)
     try:
         with pinned_to(contender.pinned):
             return device.memory(lambda: model(images), leaves, cotangent)
+    # Recorded as this contender's error: its times stand.
     except Exception as error:
         return {"error": first_line(error)}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from gpu.shapes import Embedding, Group, Shape, Stem
 
@@ -29,11 +28,6 @@ class Plan:
     rounds: int
     #: Calls of which the host's time is the median.
     hosted: int
-    models: tuple[str, ...]
-    batches: tuple[int, ...]
-    #: Arguments of the models by family.
-    model_options: dict[str, dict[str, Any]]
-    image_size: int
     #: Offset in elements of the view of a large buffer.
     far: int
     #: Patch embeddings to compare with float64, in each layout of the images.
